@@ -1,0 +1,135 @@
+package tunnel
+
+import (
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"time"
+)
+
+// Peer is the concentrator a router has enrolled with.
+type Peer struct {
+	Identity     *Identity // the router's own
+	Concentrator PublicKey // pinned
+	Addresses    []string  // host:port, in the order to be tried
+	// Multipath asks for MPTCP; false dials plain TCP.
+	Multipath bool
+	Software  string // told to the concentrator, for its log
+}
+
+// serves says whether a session with p can serve where q is wanted.
+func (p *Peer) serves(q *Peer) bool {
+	return p != nil && q != nil && p.Concentrator == q.Concentrator && p.Multipath == q.Multipath
+}
+
+// dial opens a session from one source address to one of the concentrator's
+// addresses, up to WELCOME. The caller starts its run.
+func (p *Peer) dial(ctx context.Context, source netip.Addr, address string) (*Session, error) {
+	ctx, cancel := context.WithTimeout(ctx, handshakeTime)
+	defer cancel()
+	s, err := p.connect(ctx, source, address)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := s.introduce(frameHello, hello{Software: p.Software}); err != nil {
+		_ = s.wire.Close()
+		return nil, err
+	}
+	return s, nil
+}
+
+// Enrol presents a token's secret, so that the concentrator knows the router's
+// key from then on. source may be the zero Addr: then the kernel chooses.
+// Enrolling again with the same key and token succeeds.
+func Enrol(ctx context.Context, id *Identity, t Token, source netip.Addr, software string) (address string, err error) {
+	p := &Peer{Identity: id, Concentrator: t.Concentrator, Addresses: t.Addresses}
+	var failures []error
+	for _, address := range t.Addresses {
+		s, err := p.connect(ctx, source, address)
+		if err == nil {
+			_, err = s.introduce(frameEnrol, hello{Software: software, Secret: t.Secret[:]})
+			_ = s.wire.Close()
+		}
+		if err == nil {
+			return address, nil
+		}
+		failures = append(failures, fmt.Errorf("%s: %w", address, err))
+		// A refusal holds for every address of the same concentrator.
+		var refused *RefusedError
+		if errors.As(err, &refused) {
+			break
+		}
+	}
+	return "", errors.Join(failures...)
+}
+
+// connect opens the connection and completes the TLS handshake.
+func (p *Peer) connect(ctx context.Context, source netip.Addr, address string) (*Session, error) {
+	dialer := net.Dialer{
+		Timeout: handshakeTime,
+	}
+	dialer.SetMultipathTCP(p.Multipath)
+	network := "tcp"
+	if source.IsValid() {
+		dialer.LocalAddr = &net.TCPAddr{IP: source.AsSlice(), Zone: source.Zone()}
+		network = "tcp6"
+		if source.Is4() {
+			network = "tcp4"
+		}
+	}
+	conn, err := dialer.DialContext(ctx, network, address)
+	if err != nil {
+		return nil, err
+	}
+	s, err := newSession(conn.(*net.TCPConn))
+	if err != nil {
+		_ = conn.Close()
+		return nil, err
+	}
+	deadline, ok := ctx.Deadline()
+	if !ok {
+		deadline = time.Now().Add(handshakeTime)
+	}
+	_ = s.wire.SetDeadline(deadline)
+	s.tls = tls.Client(s.wire, p.Identity.clientConfig(p.Concentrator))
+	if err := s.tls.HandshakeContext(ctx); err != nil {
+		_ = s.wire.Close()
+		return nil, fmt.Errorf("TLS handshake with %s: %w", conn.RemoteAddr(), err)
+	}
+	return s, nil
+}
+
+// introduce sends the first message and reads the answer to it.
+func (s *Session) introduce(kind frameKind, h hello) (welcome, error) {
+	h.Min, h.Max = minVersion, maxVersion
+	if err := s.sendControl(kind, h); err != nil {
+		return welcome{}, err
+	}
+	kind, body, err := s.receiveControl()
+	if err != nil {
+		return welcome{}, fmt.Errorf("waiting for the concentrator's WELCOME: %w", err)
+	}
+	switch kind {
+	case frameWelcome:
+		var w welcome
+		if err := json.Unmarshal(body, &w); err != nil {
+			return welcome{}, fmt.Errorf("%w: WELCOME: %w", errProtocol, err)
+		}
+		if w.Version < minVersion || w.Version > maxVersion {
+			return welcome{}, fmt.Errorf("the concentrator chose tunnel protocol version %d, this router speaks %d to %d",
+				w.Version, minVersion, maxVersion)
+		}
+		return w, s.wire.SetDeadline(time.Time{})
+	case frameRefuse:
+		refused := new(RefusedError)
+		if err := json.Unmarshal(body, refused); err != nil {
+			return welcome{}, fmt.Errorf("%w: REFUSE: %w", errProtocol, err)
+		}
+		return welcome{}, refused
+	}
+	return welcome{}, fmt.Errorf("%w: %v in answer to the first message", errProtocol, kind)
+}

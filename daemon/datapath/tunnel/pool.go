@@ -1,0 +1,659 @@
+package tunnel
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+)
+
+const (
+	// minIdle sessions are kept ready, more after a burst, at most maxIdle.
+	minIdle = 8
+	maxIdle = 64
+	// maxDialling bounds the handshakes under way at once.
+	maxDialling = 64
+	// hedgeAfter is how long a dial over one path may take before the next path
+	// is tried beside it.
+	hedgeAfter = 400 * time.Millisecond
+	// A path whose dial failed is left alone for minRetry, doubled up to maxRetry.
+	minRetry = 250 * time.Millisecond
+	maxRetry = 3 * time.Second
+	// plainRetry is how long a path that stripped MPTCP is ranked last.
+	plainRetry = 10 * time.Minute
+	// betterBy is how much lower another path's round-trip time must be before
+	// the pool moves to it: the kernel's scheduler prefers a session's first
+	// subflow, so where a session was dialled from decides its latency.
+	betterBy = 0.8
+
+	maintainEvery = 500 * time.Millisecond
+)
+
+// Path is one uplink as the pool uses it.
+type Path struct {
+	Name    string
+	Sources []netip.Addr // at most one per address family
+	Backup  bool         // dialled from only when no other path works
+}
+
+// ErrDown says that no session reaches the concentrator.
+var ErrDown = errors.New("the tunnel is down")
+
+// Pool keeps sessions dialled, handshaken and joined by all their subflows
+// before a flow needs one.
+//
+//	SetPeer, SetPaths ─▶ maintain (rank, wanted) ─▶ dial ─▶ idle ─▶ Get ─▶ Relay ─▶ Put ─▶ idle
+type Pool struct {
+	log  *slog.Logger
+	kick chan struct{}
+
+	mu       sync.Mutex
+	peer     *Peer
+	paths    []Path
+	trouble  map[string]*trouble
+	rtt      map[netip.Addr]time.Duration // lowest lately measured, by source address
+	best     string                       // the path that sessions are dialled from
+	sessions map[*Session]*pooled
+	idle     []*pooled // the one used last is the last
+	waiting  []chan *pooled
+	dialling int
+	opened   int // flows since the last decay: how many idle sessions a burst may need
+	lastErr  error
+}
+
+// pooled is what the pool knows of a session.
+type pooled struct {
+	*Session
+	peer   *Peer
+	path   string // empty once the path it was dialled from is gone
+	pinged bool   // a ping is under way
+}
+
+// trouble is the recent failures of one path.
+type trouble struct {
+	failures int
+	until    time.Time // not dialled before
+	err      error
+	plain    time.Time // when it was last seen to strip MPTCP
+}
+
+// NewPool returns a pool that dials nothing until it has a peer and a path.
+func NewPool(log *slog.Logger) *Pool {
+	return &Pool{
+		log: log, kick: make(chan struct{}, 1),
+		trouble: map[string]*trouble{}, rtt: map[netip.Addr]time.Duration{}, sessions: map[*Session]*pooled{},
+	}
+}
+
+// SetPeer sets whom to dial. Sessions with another peer are closed, those that
+// are in use when their flow ends; nil closes all.
+func (p *Pool) SetPeer(peer *Peer) {
+	p.mu.Lock()
+	old := p.peer
+	p.peer = peer
+	var closing []*pooled
+	if !old.serves(peer) {
+		closing, p.idle = p.idle, nil
+		for _, s := range p.sessions {
+			s.path = ""
+		}
+		p.trouble = map[string]*trouble{}
+	}
+	p.mu.Unlock()
+	for _, s := range closing {
+		s.Close()
+	}
+	p.wake()
+}
+
+// SetPaths sets the fit uplinks. A path that has come, or changed its address,
+// is tried at once.
+func (p *Pool) SetPaths(paths []Path) {
+	p.mu.Lock()
+	before := map[string][]netip.Addr{}
+	for _, path := range p.paths {
+		before[path.Name] = path.Sources
+	}
+	p.paths = paths
+	for _, path := range paths {
+		if sources, ok := before[path.Name]; !ok || !slices.Equal(sources, path.Sources) {
+			delete(p.trouble, path.Name)
+		} else {
+			delete(before, path.Name)
+		}
+	}
+	// What is left in before is gone, or has new addresses: the first subflow of
+	// the sessions dialled from there is lost.
+	for _, s := range p.sessions {
+		if _, gone := before[s.path]; gone {
+			s.path = ""
+		}
+	}
+	p.mu.Unlock()
+	p.wake()
+}
+
+func (p *Pool) wake() {
+	select {
+	case p.kick <- struct{}{}:
+	default:
+	}
+}
+
+// Run keeps the pool filled until ctx ends, then closes every session.
+func (p *Pool) Run(ctx context.Context) {
+	tick := time.NewTicker(maintainEvery)
+	defer tick.Stop()
+	for {
+		p.maintain(ctx)
+		select {
+		case <-ctx.Done():
+			p.mu.Lock()
+			all := make([]*Session, 0, len(p.sessions))
+			for s := range p.sessions {
+				all = append(all, s)
+			}
+			p.mu.Unlock()
+			for _, s := range all {
+				s.Close()
+			}
+			return
+		case <-tick.C:
+			p.measure()
+		case <-p.kick:
+		}
+	}
+}
+
+// Get returns a session for one flow: a warm one, or the next to be ready. It
+// returns ErrDown at once when none can be expected.
+func (p *Pool) Get(ctx context.Context) (*Session, error) {
+	p.mu.Lock()
+	p.opened++
+	for len(p.idle) > 0 {
+		at := len(p.idle) - 1
+		for i := at; i >= 0; i-- {
+			if p.idle[i].path == p.best {
+				at = i
+				break
+			}
+		}
+		s := p.idle[at]
+		p.idle = slices.Delete(p.idle, at, at+1)
+		if isClosed(s.done) {
+			continue
+		}
+		p.mu.Unlock()
+		p.wake()
+		return s.Session, nil
+	}
+	if p.down() {
+		defer p.mu.Unlock()
+		return nil, p.why()
+	}
+	ready := make(chan *pooled, 1)
+	p.waiting = append(p.waiting, ready)
+	p.mu.Unlock()
+	p.wake()
+	select {
+	case s := <-ready:
+		if s == nil {
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			return nil, p.why()
+		}
+		return s.Session, nil
+	case <-ctx.Done():
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		if i := slices.Index(p.waiting, ready); i >= 0 {
+			p.waiting = slices.Delete(p.waiting, i, i+1)
+		} else if s := <-ready; s != nil {
+			p.offer(s) // it arrived as we left
+		}
+		return nil, fmt.Errorf("waiting for a session: %w", ctx.Err())
+	}
+}
+
+// Put takes a session back after its flow.
+func (p *Pool) Put(s *Session) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	known := p.sessions[s]
+	if known == nil || isClosed(s.done) {
+		return
+	}
+	tooMany := len(p.idle) >= maxIdle && len(p.waiting) == 0
+	if tooMany || !known.peer.serves(p.peer) || s.sent.Load()+s.received.Load() > retireAfter {
+		go s.Close()
+		return
+	}
+	p.offer(known)
+}
+
+// offer hands a session to the flow that waits longest, or makes it idle.
+func (p *Pool) offer(s *pooled) {
+	if len(p.waiting) > 0 {
+		p.waiting[0] <- s
+		p.waiting = slices.Delete(p.waiting, 0, 1)
+		return
+	}
+	p.idle = append(p.idle, s)
+}
+
+// down says whether no session is there and none is about to be.
+func (p *Pool) down() bool {
+	if len(p.sessions) > 0 {
+		return false
+	}
+	if p.peer == nil {
+		return true
+	}
+	for _, path := range p.paths {
+		if t := p.trouble[path.Name]; t == nil || t.failures == 0 {
+			return false
+		}
+	}
+	return true
+}
+
+func (p *Pool) why() error {
+	switch {
+	case p.peer == nil:
+		return fmt.Errorf("%w: not enrolled with a concentrator; run `sheafctl join TOKEN`", ErrDown)
+	case len(p.paths) == 0:
+		return fmt.Errorf("%w: no uplink is fit", ErrDown)
+	case p.lastErr != nil:
+		return fmt.Errorf("%w: %w", ErrDown, p.lastErr)
+	}
+	return ErrDown
+}
+
+// maintain dials what is missing and closes what is no longer wanted.
+func (p *Pool) maintain(ctx context.Context) {
+	now := time.Now()
+	p.mu.Lock()
+	ranked := p.rank(now)
+	if len(ranked) > 0 {
+		p.best = ranked[0].Name
+	}
+	good := 0
+	var stale, silent []*pooled
+	for _, s := range p.idle {
+		switch {
+		case s.path == p.best:
+			good++
+		default:
+			stale = append(stale, s)
+		}
+		if !s.pinged && now.UnixNano()-s.heard.Load() > int64(pingAfter) {
+			s.pinged = true
+			silent = append(silent, s)
+		}
+	}
+	target := idleTarget(p.opened)
+	dials := wanted(target, len(p.waiting), good, p.dialling)
+	if p.peer == nil || len(ranked) == 0 {
+		dials = 0
+	}
+	p.dialling += dials
+	var closing []*pooled
+	if good >= target && len(ranked) > 0 {
+		closing = stale
+		p.idle = slices.DeleteFunc(p.idle, func(s *pooled) bool { return s.path != p.best })
+		if surplus := len(p.idle) - max(2*target, minIdle); surplus > 0 {
+			closing = append(slices.Clone(p.idle[:surplus]), closing...)
+			p.idle = slices.Delete(p.idle, 0, surplus)
+		}
+	}
+	if p.down() {
+		for _, w := range p.waiting {
+			w <- nil
+		}
+		p.waiting = nil
+	}
+	peer := p.peer
+	p.mu.Unlock()
+
+	for range dials {
+		go p.dialOne(ctx, peer, ranked)
+	}
+	for _, s := range closing {
+		s.Close()
+	}
+	for _, s := range silent {
+		go p.ping(ctx, s)
+	}
+}
+
+// idleTarget is how many idle sessions to keep, given the flows opened lately:
+// browsers open connections in bursts.
+func idleTarget(opened int) int { return min(max(opened, minIdle), maxIdle) }
+
+// wanted is how many dials to start.
+func wanted(target, waiting, idle, dialling int) int {
+	return max(0, min(waiting+target-idle-dialling, maxDialling-dialling))
+}
+
+// rank orders the paths that may be dialled now, the best first.
+func (p *Pool) rank(now time.Time) []Path {
+	var ranked []Path
+	for _, path := range p.paths {
+		if t := p.trouble[path.Name]; t == nil || !now.Before(t.until) {
+			ranked = append(ranked, path)
+		}
+	}
+	stripped := func(path Path) int {
+		if t := p.trouble[path.Name]; t != nil && now.Sub(t.plain) < plainRetry {
+			return 1
+		}
+		return 0
+	}
+	failed := func(path Path) int {
+		if t := p.trouble[path.Name]; t != nil {
+			return t.failures
+		}
+		return 0
+	}
+	backup := func(path Path) int {
+		if path.Backup {
+			return 1
+		}
+		return 0
+	}
+	slices.SortStableFunc(ranked, func(a, b Path) int {
+		return cmp.Or(
+			cmp.Compare(min(failed(a), 1), min(failed(b), 1)),
+			cmp.Compare(backup(a), backup(b)),
+			cmp.Compare(stripped(a), stripped(b)),
+			cmp.Compare(p.weight(a), p.weight(b)),
+		)
+	})
+	return ranked
+}
+
+// weight is a path's round-trip time for ranking: unknown counts as long, and
+// the path in use has the advantage of betterBy.
+func (p *Pool) weight(path Path) time.Duration {
+	lowest := time.Duration(1<<63 - 1)
+	for _, a := range path.Sources {
+		if d, ok := p.rtt[a]; ok {
+			lowest = min(lowest, d)
+		}
+	}
+	if path.Name == p.best && lowest != 1<<63-1 {
+		return time.Duration(float64(lowest) * betterBy)
+	}
+	return lowest
+}
+
+// measure learns the paths' round-trip times from the subflows of live
+// sessions, and forgets old bursts.
+func (p *Pool) measure() {
+	const sample = 16
+	p.mu.Lock()
+	p.opened -= (p.opened + 3) / 4
+	some := make([]*Session, 0, sample)
+	for s := range p.sessions {
+		if some = append(some, s); len(some) == sample {
+			break
+		}
+	}
+	p.mu.Unlock()
+	seen := map[netip.Addr]time.Duration{}
+	for _, s := range some {
+		subflows, err := s.Subflows()
+		if err != nil {
+			continue // it has just been closed
+		}
+		for _, f := range subflows {
+			a := f.Local.Addr()
+			if d, ok := seen[a]; f.MinRTT > 0 && (!ok || f.MinRTT < d) {
+				seen[a] = f.MinRTT
+			}
+		}
+	}
+	p.mu.Lock()
+	for a, d := range seen {
+		p.rtt[a] = d
+	}
+	p.mu.Unlock()
+}
+
+// attempt is one way to reach the concentrator.
+type attempt struct {
+	path    Path
+	source  netip.Addr
+	address string
+}
+
+// attempts lists what to try: every path to the first address, then every path
+// to the next.
+func attempts(ranked []Path, addresses []string) []attempt {
+	var list []attempt
+	for _, address := range addresses {
+		literal, err := netip.ParseAddrPort(address)
+		for _, path := range ranked {
+			for _, source := range path.Sources {
+				if err == nil && literal.Addr().Unmap().Is4() != source.Is4() {
+					continue // the other family cannot reach it
+				}
+				list = append(list, attempt{path, source, address})
+			}
+		}
+	}
+	return list
+}
+
+// dialOne brings one session into the pool, over whichever path answers first;
+// each path gets a head start over the next.
+func (p *Pool) dialOne(ctx context.Context, peer *Peer, ranked []Path) {
+	type result struct {
+		attempt
+		session *Session
+		err     error
+	}
+	begun := time.Now()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	list := attempts(ranked, peer.Addresses)
+	results := make(chan result, len(list))
+	hedge := time.NewTimer(0)
+	defer hedge.Stop()
+	started, ended := 0, 0
+	var won *result
+	for won == nil && ended < len(list) {
+		select {
+		case <-hedge.C:
+			if started < len(list) {
+				a := list[started]
+				started++
+				go func() {
+					s, err := peer.dial(ctx, a.source, a.address)
+					results <- result{a, s, err}
+				}()
+				hedge.Reset(hedgeAfter)
+			}
+		case r := <-results:
+			ended++
+			if r.err == nil {
+				won = &r
+				break
+			}
+			p.failed(r.path.Name, fmt.Errorf("%s from %s: %w", r.address, r.source, r.err))
+			hedge.Reset(0)
+		}
+	}
+	cancel()
+	if won != nil && won.path.Name != list[0].path.Name && time.Since(begun) > hedgeAfter {
+		p.failed(list[0].path.Name, fmt.Errorf("no answer from %s, from %s, within %v", list[0].address, list[0].source, time.Since(begun).Round(time.Millisecond)))
+	}
+	if won == nil {
+		p.mu.Lock()
+		p.dialling--
+		if len(list) == 0 {
+			p.lastErr = fmt.Errorf("no uplink has an address of the family of %v", peer.Addresses)
+			for _, path := range ranked {
+				p.note(path.Name, p.lastErr)
+			}
+		}
+		p.mu.Unlock()
+		p.wake()
+		return
+	}
+	go func() { // attempts that were overtaken
+		for range started - ended {
+			if r := <-results; r.session != nil {
+				r.session.Close()
+			}
+		}
+	}()
+	p.add(won.session, won.path.Name, peer)
+}
+
+func (p *Pool) failed(path string, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.lastErr == nil || p.lastErr.Error() != err.Error() {
+		p.log.Warn("dialling the concentrator failed", "uplink", path, "error", err)
+	}
+	p.lastErr = err
+	p.note(path, err)
+}
+
+// note counts a failure of a path.
+func (p *Pool) note(path string, err error) {
+	t := p.trouble[path]
+	if t == nil {
+		t = new(trouble)
+		p.trouble[path] = t
+	}
+	now := time.Now()
+	if now.Before(t.until) {
+		return // one of several dials that failed together
+	}
+	t.err = err
+	t.until = now.Add(min(minRetry<<min(t.failures, 10), maxRetry))
+	t.failures++
+}
+
+// add takes a new session into the pool and reads it until it ends.
+func (p *Pool) add(s *Session, path string, peer *Peer) {
+	p.mu.Lock()
+	p.dialling--
+	if !peer.serves(p.peer) {
+		p.mu.Unlock()
+		s.Close()
+		return
+	}
+	t := p.trouble[path]
+	if t == nil {
+		t = new(trouble)
+		p.trouble[path] = t
+	}
+	*t = trouble{plain: t.plain}
+	if peer.Multipath && !s.multipath {
+		if time.Since(t.plain) > plainRetry {
+			p.log.Warn("a session fell back to plain TCP: something on the path strips MPTCP, or the concentrator's kernel has it off",
+				"uplink", path, "concentrator", s.wire.RemoteAddr())
+		}
+		t.plain = time.Now()
+	} else {
+		t.plain = time.Time{}
+	}
+	if p.lastErr != nil || len(p.sessions) == 0 {
+		p.log.Info("reached the concentrator", "uplink", path, "concentrator", s.wire.RemoteAddr(), "multipath", s.multipath)
+	}
+	p.lastErr = nil
+	known := &pooled{Session: s, peer: peer, path: path}
+	p.sessions[s] = known
+	if len(p.waiting) > 0 {
+		p.offer(known)
+	} else {
+		// Sessions that were used come first: their congestion windows are open.
+		p.idle = slices.Insert(p.idle, 0, known)
+	}
+	p.mu.Unlock()
+	p.wake()
+	go func() {
+		s.run()
+		p.mu.Lock()
+		delete(p.sessions, s)
+		p.idle = slices.DeleteFunc(p.idle, func(i *pooled) bool { return i.Session == s })
+		p.mu.Unlock()
+		p.wake()
+	}()
+}
+
+// ping closes a silent session that gives no sign of life, and then asks all
+// the others: what silenced one may have silenced them.
+func (p *Pool) ping(ctx context.Context, s *pooled) {
+	ctx, cancel := context.WithTimeout(ctx, pingTime)
+	defer cancel()
+	err := s.Ping(ctx)
+	p.mu.Lock()
+	s.pinged = false
+	if err != nil {
+		for _, other := range p.idle {
+			other.heard.Store(0)
+		}
+	}
+	p.mu.Unlock()
+	if err != nil {
+		s.fail(fmt.Errorf("no answer to a ping: %w", err))
+		p.wake()
+	}
+}
+
+// Status is the state of a pool.
+type Status struct {
+	Up       bool
+	Reason   error // why it is not up
+	Sessions int   // live, idle ones included
+	Idle     int
+	// Address is the concentrator's, as a live session has it.
+	Address string
+	// Plain names the paths whose sessions fell back to plain TCP.
+	Plain []string
+	// Failed maps a path to why the last dial over it failed.
+	Failed map[string]error
+	// Subflows of all sessions.
+	Subflows []Subflow
+}
+
+// Status reads the state of the pool, and of every subflow from the kernel.
+func (p *Pool) Status() Status {
+	p.mu.Lock()
+	st := Status{Up: len(p.sessions) > 0, Sessions: len(p.sessions), Idle: len(p.idle), Failed: map[string]error{}}
+	if !st.Up {
+		st.Reason = p.why()
+	}
+	for name, t := range p.trouble {
+		if t.err != nil {
+			st.Failed[name] = t.err
+		}
+		if time.Since(t.plain) < plainRetry {
+			st.Plain = append(st.Plain, name)
+		}
+	}
+	slices.Sort(st.Plain)
+	all := make([]*Session, 0, len(p.sessions))
+	for s := range p.sessions {
+		all = append(all, s)
+	}
+	p.mu.Unlock()
+	for _, s := range all {
+		if st.Address == "" {
+			st.Address = s.wire.RemoteAddr().String()
+		}
+		if subflows, err := s.Subflows(); err == nil {
+			st.Subflows = append(st.Subflows, subflows...)
+		}
+	}
+	return st
+}

@@ -1,0 +1,361 @@
+package tunnel
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// The versions of the tunnel protocol that this code speaks.
+const (
+	minVersion = 1
+	maxVersion = 1
+)
+
+const (
+	// handshakeTime bounds everything from the TCP connection to WELCOME.
+	handshakeTime = 10 * time.Second
+	// idleTime is how long the concentrator keeps a session on which nothing
+	// comes; pingAfter is how long the router lets one be silent. Both are well
+	// below the 5 minutes after which common NATs forget a TCP mapping.
+	idleTime  = 100 * time.Second
+	pingAfter = 15 * time.Second
+	pingTime  = 4 * time.Second
+	// abortTime bounds how long a session may take to agree on the end of an
+	// aborted flow before it is given up.
+	abortTime = 5 * time.Second
+	// maxDiscard is how much of an aborted flow is read and thrown away to save
+	// the session it came on.
+	maxDiscard = 256 << 10
+	// retireAfter closes a session before its keys protect more than RFC 8446
+	// section 5.5 allows for AES-GCM (2^24.5 records, about 388 GB).
+	retireAfter = 200 << 30
+)
+
+var errSessionClosed = errors.New("session closed")
+
+// Session is one authenticated MPTCP connection between router and
+// concentrator. It carries one flow at a time, one after the other.
+type Session struct {
+	wire      *wire
+	tls       *tls.Conn
+	decoder   decoder
+	multipath bool // MPTCP was negotiated; false: plain TCP
+
+	// open is set at the concentrator: it dials a flow's destination.
+	open func(number uint32, destination netip.AddrPort) error
+
+	writing sync.Mutex // held while records are written, and guards a flow's sent marks
+
+	flow     atomic.Pointer[flow]
+	number   uint32 // of the last flow opened
+	pong     chan struct{}
+	heard    atomic.Int64 // when something last arrived, Unix ns
+	sent     atomic.Uint64
+	received atomic.Uint64
+
+	closing sync.Once
+	err     error // why the session ended; read after done is closed
+	done    chan struct{}
+}
+
+func newSession(conn *net.TCPConn) (*Session, error) {
+	w, err := newWire(conn)
+	if err != nil {
+		return nil, err
+	}
+	multipath, err := conn.MultipathTCP()
+	if err != nil {
+		return nil, err
+	}
+	s := &Session{wire: w, multipath: multipath, pong: make(chan struct{}, 1), done: make(chan struct{})}
+	s.heard.Store(time.Now().UnixNano())
+	return s, nil
+}
+
+// Done is closed when the session has ended.
+func (s *Session) Done() <-chan struct{} { return s.done }
+
+// Close ends the session, and with RST the flow on it, if any.
+func (s *Session) Close() { s.fail(errSessionClosed) }
+
+func (s *Session) fail(err error) {
+	s.closing.Do(func() {
+		s.err = err
+		_ = s.wire.Close()
+		close(s.done)
+		if f := s.flow.Load(); f != nil {
+			f.sessionLost()
+		}
+	})
+}
+
+// hello is the payload of HELLO and ENROL.
+type hello struct {
+	Min      int    `json:"min"` // versions of this protocol that the router speaks
+	Max      int    `json:"max"`
+	Software string `json:"software,omitempty"`
+	Secret   []byte `json:"secret,omitempty"` // ENROL only
+}
+
+// welcome is the payload of WELCOME.
+type welcome struct {
+	Version int    `json:"version"`
+	Router  string `json:"router"` // the name the concentrator has for the router
+}
+
+// RefusedError is the concentrator's REFUSE.
+type RefusedError struct {
+	Code    string `json:"code"` // stable: version, not_enrolled, token_unknown, token_used, token_expired, busy, protocol
+	Message string `json:"message"`
+}
+
+func (e *RefusedError) Error() string { return "the concentrator refused: " + e.Message }
+
+// The codes of a RefusedError.
+const (
+	CodeVersion      = "version"
+	CodeNotEnrolled  = "not_enrolled"
+	CodeTokenUnknown = "token_unknown"
+	CodeTokenUsed    = "token_used"
+	CodeTokenExpired = "token_expired"
+	CodeProtocol     = "protocol"
+	CodeInternal     = "internal"
+)
+
+// negotiate picks the highest version that both ends speak.
+func negotiate(peerMin, peerMax int) (int, error) {
+	version := min(peerMax, maxVersion)
+	if version < peerMin || version < minVersion {
+		return 0, &RefusedError{CodeVersion, fmt.Sprintf(
+			"the router speaks tunnel protocol version %d to %d, this concentrator %d to %d; bring the older of the two up to date",
+			peerMin, peerMax, minVersion, maxVersion)}
+	}
+	return version, nil
+}
+
+// sendControl writes one frame with a JSON payload.
+func (s *Session) sendControl(kind frameKind, payload any) error {
+	body, err := json.Marshal(payload)
+	if err != nil {
+		return err
+	}
+	_, err = s.tls.Write(appendFrame(nil, kind, body))
+	return err
+}
+
+// receiveControl reads exactly one frame, and is used before the first flow
+// only. A peer that sends more than that one frame breaks the protocol.
+func (s *Session) receiveControl() (frameKind, []byte, error) {
+	in := make([]byte, maxControl+frameHeader)
+	for {
+		n, err := s.tls.Read(in)
+		if n > 0 {
+			f, rest, ok, err := s.decoder.next(in[:n])
+			switch {
+			case err != nil:
+				return 0, nil, err
+			case ok && len(rest) > 0:
+				return 0, nil, fmt.Errorf("%w: %d bytes follow the first message", errProtocol, len(rest))
+			case ok:
+				return f.kind, bytes.Clone(f.payload), nil
+			}
+		}
+		if err != nil {
+			return 0, nil, err
+		}
+	}
+}
+
+// run reads the session until it ends. It is the one goroutine that reads: the
+// direction from the session to the local end of each flow is done here.
+func (s *Session) run() {
+	err := s.readFrames()
+	s.fail(err)
+}
+
+func (s *Session) readFrames() error {
+	s.wire.blocking = false
+	empty := false // whether crypto/tls and the wire hold nothing more
+	for {
+		if f := s.flow.Load(); f != nil && !f.over() {
+			// Wait for room at the receiver before taking bytes off the session,
+			// so that the kernel's windows carry the back-pressure and no buffer
+			// is held. Errors show at the write.
+			_ = f.local.waitWritable()
+		}
+		if empty {
+			if err := s.wire.fill(); err != nil {
+				return err
+			}
+		}
+		b := borrow()
+		n, err := s.readAvailable(b.data[:])
+		if err := s.dispatch(b, n); err != nil {
+			return err
+		}
+		switch {
+		case err == errWouldBlock: //nolint:errorlint // crypto/tls returns our own value unwrapped
+			empty = true
+		case err != nil:
+			return err
+		default:
+			empty = false
+		}
+	}
+}
+
+// readAvailable decrypts what has arrived, without waiting for more.
+func (s *Session) readAvailable(p []byte) (n int, err error) {
+	for n < len(p) && err == nil {
+		var m int
+		m, err = s.tls.Read(p[n:])
+		n += m
+	}
+	if n > 0 {
+		s.heard.Store(time.Now().UnixNano())
+	}
+	return n, err
+}
+
+// dispatch handles the frames in b.data[:n] and gives b back.
+func (s *Session) dispatch(b *buffer, n int) error {
+	in := b.data[:n]
+	defer func() {
+		if b != nil {
+			b.release()
+		}
+	}()
+	for len(in) > 0 {
+		f, rest, ok, err := s.decoder.next(in)
+		if err != nil {
+			return err
+		}
+		if !ok {
+			return nil
+		}
+		if f.kind == frameOpen {
+			// Dialling may take seconds: do not hold the buffer for them.
+			f.payload, rest = bytes.Clone(f.payload), bytes.Clone(rest)
+			b.release()
+			b = nil
+		}
+		if err := s.handle(f); err != nil {
+			return err
+		}
+		in = rest
+	}
+	return nil
+}
+
+func (s *Session) handle(f fragment) error {
+	current := s.flow.Load()
+	switch f.kind {
+	case frameData:
+		if current == nil || current.ended {
+			return fmt.Errorf("%w: DATA without an open flow", errProtocol)
+		}
+		s.received.Add(uint64(len(f.payload)))
+		return current.deliver(f.payload)
+	case frameEnd:
+		if current == nil || current.ended {
+			return fmt.Errorf("%w: END without an open flow", errProtocol)
+		}
+		current.deliverEnd()
+		return nil
+	case frameReset:
+		number, reason, err := parseReset(f.payload)
+		if err != nil {
+			return err
+		}
+		// A RESET may cross the end of its flow: then it names one that is over.
+		if current != nil && current.number == number {
+			current.deliverReset(reason)
+		}
+		return nil
+	case frameOpen:
+		if s.open == nil {
+			return fmt.Errorf("%w: only a router opens flows", errProtocol)
+		}
+		number, destination, err := parseOpen(f.payload)
+		if err != nil {
+			return err
+		}
+		if current != nil {
+			if !current.ended {
+				return fmt.Errorf("%w: OPEN while a flow is open", errProtocol)
+			}
+			<-current.pumped // its last frame was sent, or we would not see OPEN
+		}
+		return s.open(number, destination)
+	case framePing:
+		return s.send(appendFrame(nil, framePong, nil))
+	case framePong:
+		select {
+		case s.pong <- struct{}{}:
+		default:
+		}
+		return nil
+	}
+	return fmt.Errorf("%w: unexpected %v", errProtocol, f.kind)
+}
+
+// send writes small frames at once.
+func (s *Session) send(frames []byte) error {
+	s.writing.Lock()
+	defer s.writing.Unlock()
+	return s.sendLocked(frames)
+}
+
+func (s *Session) sendLocked(frames []byte) error {
+	if _, err := s.tls.Write(frames); err != nil {
+		s.fail(err)
+		return err
+	}
+	return nil
+}
+
+// sendBuffer encrypts b.data[from:to], whole frames, in records of the given
+// size, gives b back and then writes them all at once.
+func (s *Session) sendBuffer(b *buffer, from, to, record int) error {
+	s.wire.cork()
+	var err error
+	for at := from; at < to && err == nil; at += record {
+		_, err = s.tls.Write(b.data[at:min(to, at+record)])
+	}
+	b.release()
+	if flushErr := s.wire.flush(); err == nil {
+		err = flushErr
+	}
+	if err != nil {
+		s.fail(err)
+	}
+	return err
+}
+
+// Ping asks the peer for a sign of life.
+func (s *Session) Ping(ctx context.Context) error {
+	select {
+	case <-s.pong: // of an earlier ping that came late
+	default:
+	}
+	if err := s.send(appendFrame(nil, framePing, nil)); err != nil {
+		return err
+	}
+	select {
+	case <-s.pong:
+		return nil
+	case <-s.done:
+		return s.err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}

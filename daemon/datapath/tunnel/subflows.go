@@ -1,0 +1,123 @@
+package tunnel
+
+import (
+	"net"
+	"net/netip"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// From include/uapi/linux/mptcp.h, Linux 5.16 and later.
+const (
+	solMPTCP           = 284
+	mptcpTCPInfo       = 2 // MPTCP_TCPINFO
+	mptcpSubflowAddrs  = 3 // MPTCP_SUBFLOW_ADDRS
+	maxSubflows        = 64
+	sizeSubflowData    = 16  // struct mptcp_subflow_data, 8-byte aligned
+	sizeSockaddr       = 128 // struct __kernel_sockaddr_storage
+	sizeSubflowAddress = 2 * sizeSockaddr
+)
+
+// Subflow is one TCP connection of a session, as the kernel sees it.
+type Subflow struct {
+	Local, Remote netip.AddrPort
+	RTT           time.Duration // smoothed
+	MinRTT        time.Duration
+	// Segments counts data segments sent, Retransmitted those sent again.
+	Segments, Retransmitted uint32
+}
+
+// Subflows lists the session's subflows; a session over plain TCP has one.
+func (s *Session) Subflows() ([]Subflow, error) { return s.wire.subflows(s.multipath) }
+
+// subflows lists the subflows of an MPTCP socket, or the one connection of a
+// plain TCP socket.
+func (s *socket) subflows(multipath bool) ([]Subflow, error) {
+	var list []Subflow
+	var inner error
+	err := s.raw.Control(func(fd uintptr) {
+		if multipath {
+			list, inner = multipathSubflows(int(fd))
+			return
+		}
+		var info *unix.TCPInfo
+		if info, inner = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO); inner == nil {
+			one := Subflow{Local: addrPort(s.conn.LocalAddr()), Remote: addrPort(s.conn.RemoteAddr())}
+			one.fill(info)
+			list = []Subflow{one}
+		}
+	})
+	if err != nil {
+		return nil, err
+	}
+	return list, inner
+}
+
+func addrPort(a net.Addr) netip.AddrPort {
+	ap := a.(*net.TCPAddr).AddrPort()
+	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
+}
+
+func (f *Subflow) fill(info *unix.TCPInfo) {
+	f.RTT = time.Duration(info.Rtt) * time.Microsecond
+	f.MinRTT = time.Duration(info.Min_rtt) * time.Microsecond
+	f.Segments = info.Data_segs_out
+	f.Retransmitted = info.Total_retrans
+}
+
+func multipathSubflows(fd int) ([]Subflow, error) {
+	infos, addresses := borrow(), borrow()
+	defer infos.release()
+	defer addresses.release()
+	stride, n, err := subflowOption(fd, mptcpTCPInfo, infos, int(unsafe.Sizeof(unix.TCPInfo{})))
+	if err != nil {
+		return nil, err
+	}
+	addressStride, m, err := subflowOption(fd, mptcpSubflowAddrs, addresses, sizeSubflowAddress)
+	if err != nil {
+		return nil, err
+	}
+	// Both lists come in the order of the connection's subflow list. A subflow
+	// that came or went between the two calls makes them differ: the shorter
+	// list then holds, and the next look is right again.
+	list := make([]Subflow, min(n, m))
+	for i := range list {
+		a := addresses.data[sizeSubflowData+i*addressStride:]
+		list[i].Local, list[i].Remote = sockaddr(a[:sizeSockaddr]), sockaddr(a[sizeSockaddr:sizeSubflowAddress])
+		// The kernel may know a shorter tcp_info than we do: the rest is zero.
+		var info unix.TCPInfo
+		copy(unsafe.Slice((*byte)(unsafe.Pointer(&info)), unsafe.Sizeof(info)), infos.data[sizeSubflowData+i*stride:][:stride])
+		list[i].fill(&info)
+	}
+	return list, nil
+}
+
+// subflowOption reads into b one of the MPTCP options that return an array
+// behind a struct mptcp_subflow_data, and returns the size and number of its
+// entries.
+func subflowOption(fd, option int, b *buffer, size int) (stride, count int, err error) {
+	header := (*[4]uint32)(unsafe.Pointer(b)) // size_subflow_data, num_subflows, size_kernel, size_user
+	*header = [4]uint32{sizeSubflowData, 0, 0, uint32(size)}
+	length := uint32(sizeSubflowData + maxSubflows*size)
+	_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), solMPTCP, uintptr(option),
+		uintptr(unsafe.Pointer(b)), uintptr(unsafe.Pointer(&length)), 0)
+	if errno != 0 {
+		return 0, 0, errno
+	}
+	// size_user comes back as the size that the kernel really wrote.
+	return int(header[3]), min(int(header[1]), maxSubflows), nil
+}
+
+func sockaddr(b []byte) netip.AddrPort {
+	family := *(*uint16)(unsafe.Pointer(&b[0]))
+	port := uint16(b[2])<<8 | uint16(b[3])
+	switch family {
+	case unix.AF_INET:
+		return netip.AddrPortFrom(netip.AddrFrom4([4]byte(b[4:8])), port)
+	case unix.AF_INET6:
+		return netip.AddrPortFrom(netip.AddrFrom16([16]byte(b[8:24])).Unmap(), port)
+	}
+	return netip.AddrPort{}
+}

@@ -1,0 +1,32 @@
+// Package uplink watches every WAN of the router: is its interface there, does
+// it have a carrier, an address and a gateway, and is it therefore fit to carry
+// traffic.
+//
+//	netlink (links, addresses, routes) ─▶ Observe ─▶ Observation ─▶ Judge ─▶ []Status
+//
+// Observe reads, Judge decides and is pure.
+package uplink
+
+import "net/netip"
+
+// Status is what is known of one uplink at one moment.
+type Status struct {
+	Name      string // the operator's name for it
+	Interface string // the name of its network interface
+	Index     int    // kernel index of the interface, 0 while it is absent
+	// Sources are the addresses that traffic may leave from, with the on-link
+	// prefix of each: at most one per family, IPv4 first.
+	Sources []netip.Prefix
+	// Gateways are the next hops of the interface's default routes in the main
+	// table, at most one per family and only for families in Sources. A
+	// point-to-point link without a next hop has the unspecified address.
+	Gateways []netip.Addr
+	Fit      bool
+	Reason   string // why it is not fit, one sentence; empty when it is
+
+	// Counters of the interface, in bytes since it appeared.
+	ReceivedBytes, SentBytes uint64
+}
+
+// Present says whether the interface exists.
+func (s Status) Present() bool { return s.Index != 0 }
