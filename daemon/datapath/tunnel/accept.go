@@ -326,7 +326,7 @@ func (v *Server) open(ctx context.Context, s *Session, key PublicKey, name strin
 		s.flow.Store(refusedFlow(s, number))
 		return s.send(appendReset(nil, number, reason))
 	}
-	local, err := newSocket(conn)
+	local, err := newLocal(conn)
 	if err != nil {
 		_ = conn.Close()
 		done()
@@ -340,9 +340,7 @@ func (v *Server) open(ctx context.Context, s *Session, key PublicKey, name strin
 	v.count(key, 1)
 	go func() {
 		f.pump(nil)
-		<-f.finished
-		f.settle()
-		_ = conn.Close()
+		f.close()
 		done()
 		v.count(key, -1)
 	}()

@@ -18,12 +18,15 @@ type Peer struct {
 	Addresses    []string  // host:port, in the order to be tried
 	// Multipath asks for MPTCP; false dials plain TCP.
 	Multipath bool
-	Software  string // told to the concentrator, for its log
+	// Variant is any text: sessions dialled under another one are replaced. It
+	// stands for settings that the kernel applies to new connections only.
+	Variant  string
+	Software string // told to the concentrator, for its log
 }
 
 // serves says whether a session with p can serve where q is wanted.
 func (p *Peer) serves(q *Peer) bool {
-	return p != nil && q != nil && p.Concentrator == q.Concentrator && p.Multipath == q.Multipath
+	return p != nil && q != nil && p.Concentrator == q.Concentrator && p.Multipath == q.Multipath && p.Variant == q.Variant
 }
 
 // dial opens a session from one source address to one of the concentrator's
@@ -42,29 +45,43 @@ func (p *Peer) dial(ctx context.Context, source netip.Addr, address string) (*Se
 	return s, nil
 }
 
-// Enrol presents a token's secret, so that the concentrator knows the router's
-// key from then on. source may be the zero Addr: then the kernel chooses.
-// Enrolling again with the same key and token succeeds.
-func Enrol(ctx context.Context, id *Identity, t Token, source netip.Addr, software string) (address string, err error) {
+// Enrol presents a token's secret, over one path after the other until one
+// reaches the concentrator, so that it knows the router's key from then on.
+// Without a path the kernel chooses. Enrolling again with the same key and token
+// succeeds.
+func Enrol(ctx context.Context, id *Identity, t Token, paths []Path, software string) error {
 	p := &Peer{Identity: id, Concentrator: t.Concentrator, Addresses: t.Addresses}
-	var failures []error
-	for _, address := range t.Addresses {
-		s, err := p.connect(ctx, source, address)
+	list := attempts(paths, t.Addresses)
+	if len(paths) == 0 {
+		for _, address := range t.Addresses {
+			list = append(list, attempt{address: address})
+		}
+	}
+	failures := []error{errors.New("no uplink reaches it")}
+	deadline, bounded := ctx.Deadline()
+	for i, a := range list {
+		try, cancel := context.WithTimeout(ctx, handshakeTime)
+		if bounded { // what is left of the time is shared among the attempts to come
+			cancel()
+			try, cancel = context.WithTimeout(ctx, time.Until(deadline)/time.Duration(len(list)-i))
+		}
+		s, err := p.connect(try, a.source, a.address)
 		if err == nil {
 			_, err = s.introduce(frameEnrol, hello{Software: software, Secret: t.Secret[:]})
 			_ = s.wire.Close()
 		}
+		cancel()
 		if err == nil {
-			return address, nil
+			return nil
 		}
-		failures = append(failures, fmt.Errorf("%s: %w", address, err))
+		failures = append(failures, fmt.Errorf("%s: %w", a.address, err))
 		// A refusal holds for every address of the same concentrator.
 		var refused *RefusedError
 		if errors.As(err, &refused) {
 			break
 		}
 	}
-	return "", errors.Join(failures...)
+	return errors.Join(failures...)
 }
 
 // connect opens the connection and completes the TLS handshake.

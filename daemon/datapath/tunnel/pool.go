@@ -24,8 +24,10 @@ const (
 	// A path whose dial failed is left alone for minRetry, doubled up to maxRetry.
 	minRetry = 250 * time.Millisecond
 	maxRetry = 3 * time.Second
-	// plainRetry is how long a path that stripped MPTCP is ranked last.
-	plainRetry = 10 * time.Minute
+	// A path strips MPTCP when this many sessions in a row fell back to plain TCP;
+	// fewer are closed and dialled again. It is then ranked last for plainRetry.
+	plainInARow = 3
+	plainRetry  = 10 * time.Minute
 	// betterBy is how much lower another path's round-trip time must be before
 	// the pool moves to it: the kernel's scheduler prefers a session's first
 	// subflow, so where a session was dialled from decides its latency.
@@ -79,7 +81,8 @@ type trouble struct {
 	failures int
 	until    time.Time // not dialled before
 	err      error
-	plain    time.Time // when it was last seen to strip MPTCP
+	fellBack int       // sessions in a row that fell back to plain TCP
+	plain    time.Time // when it was last found to strip MPTCP
 }
 
 // NewPool returns a pool that dials nothing until it has a peer and a path.
@@ -556,15 +559,21 @@ func (p *Pool) add(s *Session, path string, peer *Peer) {
 		t = new(trouble)
 		p.trouble[path] = t
 	}
-	*t = trouble{plain: t.plain}
+	*t = trouble{plain: t.plain, fellBack: t.fellBack}
 	if peer.Multipath && !s.multipath {
+		if t.fellBack++; t.fellBack < plainInARow {
+			p.mu.Unlock()
+			s.Close()
+			p.wake()
+			return
+		}
 		if time.Since(t.plain) > plainRetry {
-			p.log.Warn("a session fell back to plain TCP: something on the path strips MPTCP, or the concentrator's kernel has it off",
+			p.log.Warn("sessions fall back to plain TCP: something on the path strips MPTCP, or the concentrator's kernel has it off",
 				"uplink", path, "concentrator", s.wire.RemoteAddr())
 		}
 		t.plain = time.Now()
 	} else {
-		t.plain = time.Time{}
+		t.fellBack, t.plain = 0, time.Time{}
 	}
 	if p.lastErr != nil || len(p.sessions) == 0 {
 		p.log.Info("reached the concentrator", "uplink", path, "concentrator", s.wire.RemoteAddr(), "multipath", s.multipath)

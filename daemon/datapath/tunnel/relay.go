@@ -47,6 +47,26 @@ type flow struct {
 	pumped   chan struct{} // closed when this end has sent its last frame
 }
 
+// newLocal takes over a flow's local connection. Until the flow is complete,
+// whatever closes it, the end of this process included, is to be seen as RST.
+func newLocal(c *net.TCPConn) (*socket, error) {
+	if err := c.SetLinger(0); err != nil {
+		return nil, err
+	}
+	return newSocket(c)
+}
+
+// close waits for the end of the flow, leaves the session fit for the next one
+// and closes the local connection.
+func (f *flow) close() {
+	<-f.finished
+	f.settle()
+	if !f.aborted.Load() {
+		_ = f.local.conn.SetLinger(-1) // complete: what is still to be sent is sent
+	}
+	_ = f.local.conn.Close()
+}
+
 func newFlow(s *Session, number uint32, local *socket) *flow {
 	return &flow{session: s, number: number, local: local,
 		finished: make(chan struct{}), pumped: make(chan struct{})}
@@ -236,7 +256,7 @@ func (e *FlowAbortedError) Error() string { return "flow aborted: " + e.Reason.S
 // directions have ended; client is closed then. The session can be used again
 // unless it is Done. The error, if any, is of this flow.
 func (s *Session) Relay(client *net.TCPConn, destination netip.AddrPort) error {
-	local, err := newSocket(client)
+	local, err := newLocal(client)
 	if err != nil {
 		_ = client.Close()
 		return err
@@ -249,9 +269,7 @@ func (s *Session) Relay(client *net.TCPConn, destination netip.AddrPort) error {
 		return s.err
 	}
 	f.pump(appendOpen(make([]byte, 0, maxOpen), f.number, destination))
-	<-f.finished
-	f.settle()
-	_ = client.Close()
+	f.close()
 	if isClosed(s.done) {
 		return s.err
 	}

@@ -242,7 +242,7 @@ func (s *Session) dispatch(b *buffer, n int) error {
 		if !ok {
 			return nil
 		}
-		if f.kind == frameOpen {
+		if f.kind == frameOpen && b != nil {
 			// Dialling may take seconds: do not hold the buffer for them.
 			f.payload, rest = bytes.Clone(f.payload), bytes.Clone(rest)
 			b.release()

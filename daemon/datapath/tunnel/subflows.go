@@ -14,6 +14,7 @@ const (
 	solMPTCP           = 284
 	mptcpTCPInfo       = 2 // MPTCP_TCPINFO
 	mptcpSubflowAddrs  = 3 // MPTCP_SUBFLOW_ADDRS
+	tcpEstablished     = 1 // TCP_ESTABLISHED, include/net/tcp_states.h
 	maxSubflows        = 64
 	sizeSubflowData    = 16  // struct mptcp_subflow_data, 8-byte aligned
 	sizeSockaddr       = 128 // struct __kernel_sockaddr_storage
@@ -82,14 +83,19 @@ func multipathSubflows(fd int) ([]Subflow, error) {
 	// Both lists come in the order of the connection's subflow list. A subflow
 	// that came or went between the two calls makes them differ: the shorter
 	// list then holds, and the next look is right again.
-	list := make([]Subflow, min(n, m))
-	for i := range list {
+	list := make([]Subflow, 0, min(n, m))
+	for i := range min(n, m) {
+		var f Subflow
 		a := addresses.data[sizeSubflowData+i*addressStride:]
-		list[i].Local, list[i].Remote = sockaddr(a[:sizeSockaddr]), sockaddr(a[sizeSockaddr:sizeSubflowAddress])
+		f.Local, f.Remote = sockaddr(a[:sizeSockaddr]), sockaddr(a[sizeSockaddr:sizeSubflowAddress])
 		// The kernel may know a shorter tcp_info than we do: the rest is zero.
 		var info unix.TCPInfo
 		copy(unsafe.Slice((*byte)(unsafe.Pointer(&info)), unsafe.Sizeof(info)), infos.data[sizeSubflowData+i*stride:][:stride])
-		list[i].fill(&info)
+		// The first subflow stays in the list when it has been closed.
+		if info.State == tcpEstablished {
+			f.fill(&info)
+			list = append(list, f)
+		}
 	}
 	return list, nil
 }

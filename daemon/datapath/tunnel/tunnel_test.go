@@ -19,13 +19,14 @@ import (
 // bond is a router's pool and a concentrator's server over loopback, real
 // sockets and real MPTCP, with destinations on loopback too.
 type bond struct {
-	t          *testing.T
+	t          testing.TB
 	pool       *Pool
 	server     *Server
 	admission  *registry
 	routerID   *Identity
 	serverID   *Identity
 	address    string
+	log        *logBuffer // the server's
 	stopServer func()
 }
 
@@ -55,7 +56,7 @@ func (r *registry) Enrol(secret []byte, key PublicKey) (string, error) {
 	return name, nil
 }
 
-func newIdentity(t *testing.T) *Identity {
+func newIdentity(t testing.TB) *Identity {
 	t.Helper()
 	id, err := NewIdentity()
 	if err != nil {
@@ -64,9 +65,9 @@ func newIdentity(t *testing.T) *Identity {
 	return id
 }
 
-func newBond(t *testing.T) *bond {
+func newBond(t testing.TB) *bond {
 	t.Helper()
-	b := &bond{t: t, routerID: newIdentity(t), serverID: newIdentity(t)}
+	b := &bond{t: t, routerID: newIdentity(t), serverID: newIdentity(t), log: new(logBuffer)}
 	b.admission = &registry{routers: map[PublicKey]string{b.routerID.PublicKey(): "home"}, tokens: map[string]string{}}
 	b.startServer("127.0.0.1:0")
 	b.pool = NewPool(slog.New(slog.DiscardHandler))
@@ -99,7 +100,7 @@ func (b *bond) startServer(address string) {
 		}
 		return c.(*net.TCPConn), func() {}, 0, nil
 	}
-	b.server = NewServer(b.serverID, b.admission, dial, slog.New(slog.DiscardHandler))
+	b.server = NewServer(b.serverID, b.admission, dial, slog.New(slog.NewTextHandler(b.log, nil)))
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
 	running.Go(func() { _ = b.server.Serve(ctx, l) })
@@ -129,7 +130,7 @@ func (b *bond) connect(destination netip.AddrPort) (*net.TCPConn, <-chan error) 
 	return client, result
 }
 
-func tcpPair(t *testing.T) (a, b *net.TCPConn) {
+func tcpPair(t testing.TB) (a, b *net.TCPConn) {
 	t.Helper()
 	config := net.ListenConfig{}
 	config.SetMultipathTCP(false)
@@ -151,7 +152,7 @@ func tcpPair(t *testing.T) (a, b *net.TCPConn) {
 }
 
 // destination is a server on the Internet: handle serves each connection.
-func destination(t *testing.T, handle func(*net.TCPConn)) netip.AddrPort {
+func destination(t testing.TB, handle func(*net.TCPConn)) netip.AddrPort {
 	t.Helper()
 	config := net.ListenConfig{}
 	config.SetMultipathTCP(false)
@@ -178,7 +179,7 @@ func echo(c *net.TCPConn) {
 	_ = c.CloseWrite()
 }
 
-func random(t *testing.T, n int) []byte {
+func random(t testing.TB, n int) []byte {
 	t.Helper()
 	b := make([]byte, n)
 	if _, err := rand.Read(b); err != nil {
@@ -187,7 +188,7 @@ func random(t *testing.T, n int) []byte {
 	return b
 }
 
-func await[T any](t *testing.T, c <-chan T, what string) T {
+func await[T any](t testing.TB, c <-chan T, what string) T {
 	t.Helper()
 	select {
 	case v := <-c:

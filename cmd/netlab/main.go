@@ -1,0 +1,69 @@
+// Netlab shows and measures Sheaf on one machine, in network namespaces that it
+// makes and removes itself.
+//
+//	netlab demo    a stock client downloads over one uplink, over the bond, and while an uplink is pulled
+//	netlab bench   the figures of the README, as ratios within one run
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"sheaf/daemon/netlab"
+)
+
+// uplinks are those of the demo and of the benchmark: 50, 30 and 20 Mbit/s.
+var uplinks = []netlab.Shape{
+	{Rate: 50e6, Delay: 10 * time.Millisecond, Queue: 100 * time.Millisecond},
+	{Rate: 30e6, Delay: 20 * time.Millisecond, Queue: 100 * time.Millisecond},
+	{Rate: 20e6, Delay: 40 * time.Millisecond, Queue: 100 * time.Millisecond},
+}
+
+// payloadLimit is what the uplinks carry of TCP payload at most, in bit/s: of
+// every full frame of 1514 bytes, 1448 are payload (Ethernet 14, IPv4 20, TCP 20,
+// timestamps 12).
+func payloadLimit(shapes []netlab.Shape) float64 {
+	sum := 0.0
+	for _, s := range shapes {
+		sum += s.Rate
+	}
+	return sum * 1448 / 1514
+}
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	executable, err := os.Executable()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "netlab:", err)
+		os.Exit(1)
+	}
+	binaries := filepath.Dir(executable)
+	root := &cobra.Command{Use: "netlab", Short: "Show and measure Sheaf in network namespaces", SilenceUsage: true, SilenceErrors: true}
+	root.PersistentFlags().StringVar(&binaries, "binaries", binaries, "directory of sheafd, sheafctl and concentratord")
+	var demoOptions demoOptions
+	demo := &cobra.Command{Use: "demo", Short: "Watch a download over one uplink, over all, and while one is pulled", Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error { return demo(c.Context(), binaries, demoOptions) }}
+	demo.Flags().IntVar(&demoOptions.megabytes, "megabytes", 60, "size of each download")
+	demo.Flags().BoolVar(&demoOptions.hold, "hold", false, "keep the lab up until Ctrl-C")
+	var only string
+	bench := &cobra.Command{Use: "bench", Short: "Measure", Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error { return bench(c.Context(), binaries, only) }}
+	bench.Flags().StringVar(&only, "only", "", "one part: shaped, small, many or unshaped")
+	root.AddCommand(demo, bench)
+	if err := root.ExecuteContext(ctx); err != nil {
+		if errors.Is(err, context.Canceled) && ctx.Err() != nil {
+			os.Exit(130)
+		}
+		fmt.Fprintln(os.Stderr, "netlab:", err)
+		os.Exit(1)
+	}
+}

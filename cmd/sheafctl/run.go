@@ -1,0 +1,381 @@
+package main
+
+// The path of a command line: run ─▶ cobra finds the command ─▶ its function asks
+// the daemon and fills app.out ─▶ finish: everything is written at once, and the
+// error becomes messages and an exit code.
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"sheaf/daemon/control/settings"
+	"sheaf/webui"
+)
+
+// The exit codes. Scripts rely on them.
+const (
+	exitOK          = 0
+	exitFailed      = 1
+	exitUsage       = 2
+	exitUnreachable = 3
+	exitDegraded    = 4
+)
+
+const (
+	defaultSocket = "/run/sheaf/sheaf.sock"
+	maxToken      = 16 << 10
+)
+
+// usageError is a command line that cannot mean anything.
+type usageError struct {
+	error
+	command string
+}
+
+// fileError is an error of the settings in a file.
+type fileError struct {
+	file string
+	*settings.Invalid
+}
+
+// errDegraded is what status --check found; the status itself has said why.
+var errDegraded = errors.New("the tunnel is not up")
+
+// app is one run of sheafctl.
+type app struct {
+	stdin   io.Reader
+	stderr  io.Writer
+	out     bytes.Buffer // what goes to stdout when the command has succeeded
+	color   bool
+	socket  string
+	output  choice
+	version string
+}
+
+func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
+	a := &app{stdin: stdin, stderr: stderr, color: wantsColor(stdout), version: version,
+		output: choice{value: "text", allowed: []string{"text", "json"}}}
+	root := a.root()
+	root.SetArgs(args)
+	root.SetOut(&a.out)
+	root.SetErr(stderr)
+	err := root.Execute()
+	if _, werr := stdout.Write(a.out.Bytes()); werr != nil && err == nil {
+		err = fmt.Errorf("write the output: %w", werr)
+	}
+	return a.finish(err)
+}
+
+// finish tells the person what went wrong, and the script by the exit code.
+func (a *app) finish(err error) int {
+	var (
+		usage usageError
+		file  fileError
+	)
+	switch {
+	case err == nil:
+		return exitOK
+	case errors.Is(err, errDegraded):
+		return exitDegraded
+	case errors.As(err, &usage):
+		a.say("%v", err)
+		a.say("run '%s --help' for usage", usage.command)
+		return exitUsage
+	case errors.As(err, &file):
+		for _, p := range file.Problems {
+			where := file.file
+			if p.Line > 0 {
+				where = fmt.Sprintf("%s:%d", where, p.Line)
+			}
+			if p.Path != "" {
+				where += ": " + p.Path
+			}
+			fmt.Fprintf(a.stderr, "%s: %s\n", printable(where), printable(p.Reason))
+		}
+		a.say("these settings were refused; nothing was changed")
+		return exitFailed
+	case errors.Is(err, webui.ErrUnreachable):
+		a.say("%v", err)
+		return exitUnreachable
+	default:
+		a.say("%v", err)
+		return exitFailed
+	}
+}
+
+// say writes one message to stderr.
+func (a *app) say(format string, args ...any) {
+	fmt.Fprintf(a.stderr, "sheafctl: %s\n", printable(fmt.Sprintf(format, args...)))
+}
+
+func (a *app) client() *webui.Client { return webui.NewClient(a.socket) }
+
+// emit fills stdout with v as JSON, or with what text writes.
+func (a *app) emit(v any, text func(w *bytes.Buffer)) error {
+	if a.output.value != "json" {
+		text(&a.out)
+		return nil
+	}
+	e := json.NewEncoder(&a.out)
+	e.SetIndent("", "  ")
+	e.SetEscapeHTML(false)
+	return e.Encode(v)
+}
+
+func (a *app) root() *cobra.Command {
+	root := group("sheafctl", "Drive the Sheaf router daemon",
+		a.join(), a.apply(), a.status(), a.uplinks(), a.uplink(), a.showVersion())
+	root.SilenceErrors = true
+	root.SilenceUsage = true
+	root.CompletionOptions.DisableDefaultCmd = true
+	root.PersistentFlags().StringVar(&a.socket, "socket", defaultSocket, "unix socket of the daemon")
+	root.PersistentFlags().VarP(&a.output, "output", "o", "form of the output: text or json")
+	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
+		return usageError{err, c.CommandPath()}
+	})
+	// Cobra's own help command succeeds on a topic that does not exist.
+	root.SetHelpCommand(&cobra.Command{
+		Use:   "help [COMMAND]",
+		Short: "Help about a command",
+		RunE: func(c *cobra.Command, args []string) error {
+			topic, rest, err := c.Root().Find(args)
+			if err != nil || len(rest) > 0 {
+				return usagef(c.Root(), "there is no command %q", strings.Join(args, " "))
+			}
+			return topic.Help()
+		},
+	})
+	return root
+}
+
+func (a *app) join() *cobra.Command {
+	return &cobra.Command{
+		Use:   "join TOKEN",
+		Short: "Enrol with the concentrator that issued TOKEN",
+		Long: "Enrol with the concentrator that issued TOKEN, which works once.\n" +
+			"With '-' the token is read from standard input: other users of this\n" +
+			"machine can see the arguments of a command.",
+		Args: exactly(1, "one TOKEN, or '-' to read it from standard input"),
+		RunE: func(c *cobra.Command, args []string) error {
+			token := args[0]
+			if token == "-" {
+				text, err := readBounded(a.stdin, maxToken)
+				if err != nil {
+					return fmt.Errorf("read the token from standard input: %w", err)
+				}
+				token = string(text)
+			}
+			if token = strings.TrimSpace(token); token == "" {
+				return usagef(c, "the token is empty")
+			}
+			joined, err := a.client().Join(c.Context(), token)
+			if err != nil {
+				return err
+			}
+			return a.emit(joined, func(w *bytes.Buffer) {
+				fmt.Fprintf(w, "joined %s at %s\nfingerprint %s\n",
+					printable(joined.Concentrator), printable(joined.Address), printable(joined.Fingerprint))
+			})
+		},
+	}
+}
+
+func (a *app) apply() *cobra.Command {
+	var file string
+	c := &cobra.Command{
+		Use:   "apply -f FILE.yaml",
+		Short: "Make the settings in a file the ones in force",
+		Args:  exactly(0, "no arguments besides -f FILE.yaml"),
+		RunE: func(c *cobra.Command, _ []string) error {
+			if file == "" {
+				return usagef(c, "no settings given; add -f FILE.yaml, or -f - for standard input")
+			}
+			name, text, err := a.readSettings(file)
+			if err != nil {
+				return fmt.Errorf("read the settings: %w", err)
+			}
+			rev, err := a.client().Apply(c.Context(), text)
+			if invalid := (*settings.Invalid)(nil); errors.As(err, &invalid) {
+				return fileError{name, invalid}
+			}
+			if err != nil {
+				return err
+			}
+			return a.changed(rev, "the settings are")
+		},
+	}
+	c.Flags().StringVarP(&file, "file", "f", "", "settings to apply; '-' is standard input")
+	return c
+}
+
+func (a *app) readSettings(file string) (name string, text []byte, err error) {
+	if file == "-" {
+		text, err = readBounded(a.stdin, settings.MaxText)
+		return "<stdin>", text, err
+	}
+	f, err := os.Open(file)
+	if err != nil {
+		return "", nil, err
+	}
+	defer f.Close()
+	text, err = readBounded(f, settings.MaxText)
+	return file, text, err
+}
+
+// changed tells what became of a change; what is its subject and verb.
+func (a *app) changed(rev webui.Revision, what string) error {
+	if rev.Warning == "" {
+		a.say("%s in force", what)
+	} else {
+		a.say("%s stored, but not in force yet: %s", what, rev.Warning)
+	}
+	return a.emit(rev, func(w *bytes.Buffer) { fmt.Fprintf(w, "revision %d\n", rev.Number) })
+}
+
+func (a *app) status() *cobra.Command {
+	var check bool
+	c := &cobra.Command{
+		Use:   "status",
+		Short: "Show the tunnel, the uplinks and what the kernel does",
+		Args:  exactly(0, "no arguments"),
+		RunE: func(c *cobra.Command, _ []string) error {
+			s, err := a.client().Status(c.Context())
+			if err != nil {
+				return err
+			}
+			if err := a.emit(s, func(w *bytes.Buffer) { writeStatus(w, s, a.color) }); err != nil {
+				return err
+			}
+			if check && s.Tunnel.State != "up" {
+				return errDegraded
+			}
+			return nil
+		},
+	}
+	c.Flags().BoolVar(&check, "check", false, "exit with 4 unless the tunnel is up over every uplink that is on")
+	return c
+}
+
+func (a *app) uplinks() *cobra.Command {
+	return &cobra.Command{
+		Use:   "uplinks",
+		Short: "List the uplinks with rates and totals",
+		Args:  exactly(0, "no arguments"),
+		RunE: func(c *cobra.Command, _ []string) error {
+			s, err := a.client().Status(c.Context())
+			if err != nil {
+				return err
+			}
+			return a.emit(s.Uplinks, func(w *bytes.Buffer) { writeUplinks(w, s.Uplinks, true, a.color) })
+		},
+	}
+}
+
+func (a *app) uplink() *cobra.Command {
+	mode := choice{allowed: []string{string(settings.On), string(settings.Off), string(settings.Backup)}}
+	set := &cobra.Command{
+		Use:   "set NAME --mode on|off|backup",
+		Short: "Change the mode of an uplink",
+		Args:  exactly(1, "the NAME of one uplink"),
+		RunE: func(c *cobra.Command, args []string) error {
+			if mode.value == "" {
+				return usagef(c, "nothing to set; add --mode on, off or backup")
+			}
+			if args[0] == "" {
+				return usagef(c, "the name of the uplink is empty")
+			}
+			rev, err := a.client().SetUplinkMode(c.Context(), args[0], settings.Mode(mode.value))
+			if invalid := (*settings.Invalid)(nil); errors.As(err, &invalid) {
+				return fileError{"settings", invalid}
+			}
+			if err != nil {
+				return err
+			}
+			return a.changed(rev, fmt.Sprintf("mode %s of uplink %s is", mode.value, args[0]))
+		},
+	}
+	set.Flags().Var(&mode, "mode", "on: carries traffic, off: carries nothing, backup: only while no other is fit")
+	return group("uplink", "Change one uplink", set)
+}
+
+func (a *app) showVersion() *cobra.Command {
+	return &cobra.Command{
+		Use:   "version",
+		Short: "Print the version of sheafctl",
+		Args:  exactly(0, "no arguments"),
+		RunE: func(*cobra.Command, []string) error {
+			return a.emit(map[string]string{"version": a.version}, func(w *bytes.Buffer) {
+				fmt.Fprintf(w, "sheafctl %s\n", a.version)
+			})
+		},
+	}
+}
+
+// group is a command that only has subcommands. Cobra alone would print help and
+// succeed when the subcommand is missing or unknown.
+func group(use, short string, subcommands ...*cobra.Command) *cobra.Command {
+	c := &cobra.Command{Use: use, Short: short, SuggestionsMinimumDistance: 2,
+		// Lets unknown words through to RunE, where both mistakes are answered.
+		Args: cobra.ArbitraryArgs,
+		RunE: func(c *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				return usagef(c, "no command given")
+			}
+			hint := ""
+			if near := c.SuggestionsFor(args[0]); len(near) > 0 {
+				hint = "; did you mean " + strings.Join(near, " or ") + "?"
+			}
+			return usagef(c, "there is no command %q%s", args[0], hint)
+		},
+	}
+	c.AddCommand(subcommands...)
+	return c
+}
+
+// exactly demands n arguments, which wanted names.
+func exactly(n int, wanted string) cobra.PositionalArgs {
+	return func(c *cobra.Command, args []string) error {
+		if len(args) != n {
+			return usagef(c, "%s takes %s; %d given", c.Name(), wanted, len(args))
+		}
+		return nil
+	}
+}
+
+func usagef(c *cobra.Command, format string, args ...any) error {
+	return usageError{fmt.Errorf(format, args...), c.CommandPath()}
+}
+
+// readBounded reads r to its end, and refuses more than limit bytes.
+func readBounded(r io.Reader, limit int64) ([]byte, error) {
+	text, err := io.ReadAll(io.LimitReader(r, limit+1))
+	if err == nil && int64(len(text)) > limit {
+		err = fmt.Errorf("longer than %d bytes", limit)
+	}
+	return text, err
+}
+
+// choice is a flag that takes one of a few words.
+type choice struct {
+	value   string
+	allowed []string
+}
+
+func (c *choice) String() string { return c.value }
+func (c *choice) Type() string   { return strings.Join(c.allowed, "|") }
+
+func (c *choice) Set(v string) error {
+	if !slices.Contains(c.allowed, v) {
+		return fmt.Errorf("it must be one of %s", strings.Join(c.allowed, ", "))
+	}
+	c.value = v
+	return nil
+}

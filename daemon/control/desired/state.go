@@ -1,0 +1,224 @@
+// Package desired decides what the kernel should hold. It is pure: no I/O, no
+// clock, no goroutine.
+//
+// The path of a decision through this package:
+//
+//	settings + []uplink.Status ─▶ Compile ─▶ want ─┐
+//	                           package kernel ─▶ have ─┴▶ Diff ─▶ []Change ─▶ package kernel
+//
+// A State says the same thing whether it is wanted or was read, so that the
+// kernel is compared with and never memory.
+package desired
+
+import (
+	"cmp"
+	"net/netip"
+	"slices"
+)
+
+// What is ours in the kernel carries one of these numbers, and package kernel
+// reads and changes nothing that does not. They keep clear of what other
+// programs use: route protocols of rt_protos (99 openr, 186 bgp …); tables 52
+// (tailscale), 253 to 255, 51820 (wg-quick) and those that systemd-networkd and
+// NetworkManager derive from interface indexes (1000 and up); rule priorities
+// 5210 to 5270 (tailscale), 32764 to 32767 (wg-quick, main, default); mark bits
+// 0x0000c000 (Kubernetes), 0x00ff0000 (tailscale), 0x0000ff00 and 0x00000f00
+// (Cilium); endpoint ids from 1 (ip mptcp, mptcpd, NetworkManager).
+const (
+	// Protocol is the originator of our routes and rules (rtm_protocol).
+	Protocol = 83
+
+	// Tables: one through which diverted packets reach the local listener, then
+	// one for every uplink, by its place in the settings.
+	FirstTable       = 8300
+	LastTable        = 8363
+	interceptTable   = FirstTable
+	firstUplinkTable = FirstTable + 1
+
+	// Rule priorities, likewise. All come before the main table's 32766.
+	FirstPriority       = 8300
+	LastPriority        = 8363
+	interceptPriority   = FirstPriority
+	firstUplinkPriority = FirstPriority + 1
+
+	// Mark is what diverted packets carry in the bits of MarkMask.
+	Mark     = 0x53000000
+	MarkMask = 0xff000000
+
+	// TableName is the name of our nftables table, of family inet.
+	TableName = "sheaf"
+
+	// InterceptPort is where the intercept listens, on 127.0.0.1 and [::1]: a
+	// client cannot reach the listener by its own address.
+	InterceptPort = 8383
+
+	// Endpoint ids are 8 bits. Every address has a few ids of its own in this
+	// range, found by package kernel: the range alone would not tell, because
+	// the kernel gives an endpoint without an id the one after the highest that
+	// was ever used, which may be ours.
+	FirstEndpointID = 83
+	LastEndpointID  = 254
+
+	// MaxEndpoints is how many endpoints a kernel holds at most (8 up to 6.18;
+	// later ones hold more), and how many extra subflows a connection has.
+	MaxEndpoints = 8
+)
+
+// State is what the kernel should hold, or holds, of ours.
+type State struct {
+	Rules     []Rule
+	Routes    []Route
+	Intercept Intercept
+	// MPTCP is nil when nothing is wanted of MPTCP, or when the kernel that was
+	// read has none.
+	MPTCP *MPTCP
+}
+
+// Rule sends packets from one source, or with one mark, to a table.
+type Rule struct {
+	IPv6     bool
+	Priority int
+	Source   netip.Prefix // invalid: any
+	Mark     uint32
+	Mask     uint32
+	Table    int
+	// Altered: the rule that was read holds something that no rule of ours does.
+	Altered bool
+}
+
+// Route is one entry of a table of ours.
+type Route struct {
+	Table       int
+	Destination netip.Prefix
+	Gateway     netip.Addr // invalid: on link
+	Interface   Interface
+	Local       bool // delivers to this host
+	Metric      int  // IPv6 has no metric 0
+	// Altered: the route that was read holds something that no route of ours does.
+	Altered bool
+}
+
+// Interface is a network interface. Its name is there for people: the index
+// decides.
+type Interface struct {
+	Index int
+	Name  string
+}
+
+// Intercept diverts the TCP connections of LAN clients to the local listener.
+// Without a LAN interface there is no nftables table.
+type Intercept struct {
+	LAN  []string // interface names, sorted
+	Port uint16
+	Mark uint32
+	Mask uint32
+	// Altered: the table that was read is not as it is installed.
+	Altered bool
+}
+
+// MPTCP is what the in-kernel path manager and its sysctls hold.
+type MPTCP struct {
+	Endpoints []Endpoint
+	// Limits are minima when wanted: what is larger stays. Only no extra
+	// subflows at all means just that.
+	Limits Limits
+	// Sysctls by name below net.mptcp. Those wanted are written where they
+	// exist; those read are all that this package has an interest in.
+	Sysctls map[string]string
+	// Omitted are wanted endpoints for which the kernel has no room.
+	Omitted []Endpoint
+}
+
+// Endpoint is a local address that subflows are opened from.
+type Endpoint struct {
+	Address   netip.Addr
+	Interface Interface
+	Flags     EndpointFlags
+}
+
+// EndpointFlags are the kernel's MPTCP_PM_ADDR_FLAG bits.
+type EndpointFlags uint32
+
+// Endpoints of ours open subflows, and may be backups. They do not have the flag
+// fullmesh, though together they make the mesh of path manager fullmesh: it
+// would add something only where a peer has several addresses in one connection,
+// and with it the kernel (6.18) never joins from the address of a connection's
+// initial subflow again once that was deleted, so an uplink that failed would
+// not come back. Without it, it does.
+const (
+	FlagSubflow EndpointFlags = 1 << 1
+	FlagBackup  EndpointFlags = 1 << 2
+
+	flagFullmesh EndpointFlags = 1 << 3
+	// liveFlags can be changed without ending the endpoint's subflows.
+	liveFlags = FlagBackup | flagFullmesh
+)
+
+// Limits are the path manager's limits of one connection.
+type Limits struct {
+	Subflows        uint32 // besides the initial one
+	AddAddrAccepted uint32
+}
+
+// The names below net.mptcp.
+const (
+	sysctlEnabled    = "enabled"
+	sysctlChecksum   = "checksum_enabled"
+	sysctlSYNRetrans = "syn_retrans_before_tcp_fallback"
+	sysctlScheduler  = "scheduler"
+	sysctlSchedulers = "available_schedulers"
+	sysctlPMType     = "pm_type"
+	sysctlBlackhole  = "blackhole_timeout"
+)
+
+// SysctlNames are the names below net.mptcp that a State of the kernel holds,
+// where the kernel has them.
+func SysctlNames() []string {
+	return []string{sysctlEnabled, sysctlChecksum, sysctlSYNRetrans, sysctlScheduler, sysctlSchedulers, sysctlPMType, sysctlBlackhole}
+}
+
+// key tells routes apart as the kernel does: a route of the same key can be
+// replaced, and another cannot be beside it.
+func (r Route) key() Route {
+	return Route{Table: r.Table, Destination: r.Destination, Metric: r.Metric}
+}
+
+// same says whether two routes mean the same: the index of an interface decides.
+func (r Route) same(other Route) bool {
+	r.Interface.Name, other.Interface.Name = "", ""
+	return r == other
+}
+
+// same says whether two states of the table mean the same.
+func (i Intercept) same(other Intercept) bool {
+	return slices.Equal(i.LAN, other.LAN) && i.Port == other.Port && i.Mark == other.Mark &&
+		i.Mask == other.Mask && i.Altered == other.Altered
+}
+
+// compareRules orders rules as the kernel looks at them.
+func compareRules(a, b Rule) int {
+	return cmp.Or(order(a.IPv6, b.IPv6), a.Priority-b.Priority, a.Source.Addr().Compare(b.Source.Addr()),
+		a.Source.Bits()-b.Source.Bits(), a.Table-b.Table, cmp.Compare(a.Mark, b.Mark), cmp.Compare(a.Mask, b.Mask),
+		order(a.Altered, b.Altered))
+}
+
+// compareRoutes puts the routes of a table that others depend on first: a
+// gateway is only accepted when it can be reached.
+func compareRoutes(a, b Route) int {
+	return cmp.Or(order(a.Destination.Addr().Is6(), b.Destination.Addr().Is6()), a.Table-b.Table,
+		b.Destination.Bits()-a.Destination.Bits(), a.Destination.Addr().Compare(b.Destination.Addr()),
+		a.Metric-b.Metric)
+}
+
+func compareEndpoints(a, b Endpoint) int { return a.Address.Compare(b.Address) }
+
+// order sorts what is false first.
+func order(a, b bool) int {
+	switch {
+	case a == b:
+		return 0
+	case b:
+		return -1
+	}
+	return 1
+}

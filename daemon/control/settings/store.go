@@ -1,0 +1,236 @@
+package settings
+
+import (
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"reflect"
+	"strconv"
+	"time"
+	"unicode/utf8"
+
+	"go.etcd.io/bbolt"
+)
+
+// The path of a revision through this file: Put validates it, compares it with
+// the current one, appends it under the next number and drops the oldest, all
+// in one bbolt transaction that is on the disk when Put returns.
+//
+//	settings/            bucket, ours alone
+//	  schema             "1"
+//	  revisions/         bucket: big-endian number ─▶ Revision as JSON
+
+// Revision is one accepted set of settings.
+type Revision struct {
+	Number   uint64    `json:"number"` // from 1; 0 is Default, which nobody chose
+	Time     time.Time `json:"time"`
+	Author   string    `json:"author"`
+	Settings Settings  `json:"settings"`
+}
+
+const (
+	schema       = 1
+	maxRevisions = 200
+	maxAuthor    = 128
+)
+
+var (
+	bucketKey    = []byte("settings")
+	schemaKey    = []byte("schema")
+	revisionsKey = []byte("revisions")
+)
+
+// ErrNoRevision is returned for a revision that is not, or no longer, kept.
+var ErrNoRevision = errors.New("no such revision")
+
+// Store keeps the revisions of the settings in one bucket of a database that
+// the daemon opened.
+type Store struct{ db *bbolt.DB }
+
+// Open checks that the settings in db, if there are any, can be read by this
+// version. It writes nothing.
+func Open(db *bbolt.DB) (*Store, error) {
+	s := &Store{db}
+	err := db.View(func(tx *bbolt.Tx) error {
+		b := tx.Bucket(bucketKey)
+		if b == nil {
+			return nil
+		}
+		text := string(b.Get(schemaKey))
+		if stored, err := strconv.Atoi(text); err != nil || stored < 1 {
+			return fmt.Errorf("the settings in %s have no readable schema version (%s): restore the file from a backup or remove it", db.Path(), quote(text))
+		} else if stored > schema {
+			return fmt.Errorf("the settings in %s were written by a newer version of Sheaf (schema %d, this one reads %d): run that version, or remove the file to begin anew", db.Path(), stored, schema)
+		}
+		if b.Bucket(revisionsKey) == nil {
+			return fmt.Errorf("the settings in %s hold no revisions: restore the file from a backup or remove it", db.Path())
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	_, err = s.Current()
+	return s, err
+}
+
+// Current returns the newest revision, or revision 0 with Default when nothing
+// has been put yet.
+func (s *Store) Current() (current Revision, err error) {
+	err = s.db.View(func(tx *bbolt.Tx) error {
+		current, err = newest(revisions(tx))
+		return err
+	})
+	return current, err
+}
+
+// Revision returns the revision of that number, or ErrNoRevision.
+func (s *Store) Revision(number uint64) (r Revision, err error) {
+	err = s.db.View(func(tx *bbolt.Tx) error {
+		if b := revisions(tx); b != nil {
+			if value := b.Get(key(number)); value != nil {
+				r, err = decode(key(number), value)
+				return err
+			}
+		}
+		return fmt.Errorf("revision %d: %w", number, ErrNoRevision)
+	})
+	return r, err
+}
+
+// Revisions returns the revisions that are kept, newest first.
+func (s *Store) Revisions() (all []Revision, err error) {
+	err = s.db.View(func(tx *bbolt.Tx) error {
+		b := revisions(tx)
+		if b == nil {
+			return nil
+		}
+		c := b.Cursor()
+		for k, v := c.Last(); k != nil; k, v = c.Prev() {
+			r, err := decode(k, v)
+			if err != nil {
+				return err
+			}
+			all = append(all, r)
+		}
+		return nil
+	})
+	return all, err
+}
+
+// Put makes next the current settings and returns their revision once it is on
+// the disk. Settings equal to the current ones make no new revision. Settings
+// that are not valid are refused with an *Invalid.
+func (s *Store) Put(next Settings, author string, now time.Time) (made Revision, err error) {
+	if err := Validate(next); err != nil {
+		return Revision{}, err
+	}
+	if len(author) > maxAuthor || !utf8.ValidString(author) {
+		return Revision{}, fmt.Errorf("the author of a revision is at most %d bytes of UTF-8, not %s", maxAuthor, quote(author))
+	}
+	// bbolt's Update syncs the file before it returns, even when nothing was
+	// written: look first.
+	current, err := s.Current()
+	if err != nil {
+		return Revision{}, err
+	}
+	if current.Number > 0 && equal(current.Settings, next) {
+		return current, nil
+	}
+	err = s.db.Update(func(tx *bbolt.Tx) error {
+		b, err := tx.CreateBucketIfNotExists(bucketKey)
+		if err != nil {
+			return err
+		}
+		if err := b.Put(schemaKey, []byte(strconv.Itoa(schema))); err != nil {
+			return err
+		}
+		list, err := b.CreateBucketIfNotExists(revisionsKey)
+		if err != nil {
+			return err
+		}
+		// Again, because another Put may have come between.
+		current, err := newest(list)
+		if err != nil {
+			return err
+		}
+		if current.Number > 0 && equal(current.Settings, next) {
+			made = current
+			return nil
+		}
+		made = Revision{Number: current.Number + 1, Time: now.UTC(), Author: author, Settings: normal(next)}
+		value, err := json.Marshal(made)
+		if err != nil {
+			return err
+		}
+		if err := list.Put(key(made.Number), value); err != nil {
+			return err
+		}
+		return dropOldest(list, made.Number)
+	})
+	if err != nil {
+		return Revision{}, fmt.Errorf("store settings in %s: %w", s.db.Path(), err)
+	}
+	return made, nil
+}
+
+// dropOldest keeps the newest maxRevisions, of which last is the last.
+func dropOldest(list *bbolt.Bucket, last uint64) error {
+	for {
+		k, _ := list.Cursor().First()
+		if k == nil || len(k) != 8 || binary.BigEndian.Uint64(k)+maxRevisions > last {
+			return nil
+		}
+		if err := list.Delete(k); err != nil {
+			return err
+		}
+	}
+}
+
+// revisions is nil as long as nothing has been put.
+func revisions(tx *bbolt.Tx) *bbolt.Bucket {
+	if b := tx.Bucket(bucketKey); b != nil {
+		return b.Bucket(revisionsKey)
+	}
+	return nil
+}
+
+func newest(list *bbolt.Bucket) (Revision, error) {
+	if list == nil {
+		return Revision{Settings: Default()}, nil
+	}
+	k, v := list.Cursor().Last()
+	if k == nil {
+		return Revision{Settings: Default()}, nil
+	}
+	return decode(k, v)
+}
+
+func decode(k, v []byte) (Revision, error) {
+	var r Revision
+	err := json.Unmarshal(v, &r)
+	if err == nil {
+		err = Validate(r.Settings)
+	}
+	if err == nil && (len(k) != 8 || binary.BigEndian.Uint64(k) != r.Number) {
+		err = fmt.Errorf("it is stored under key %x", k)
+	}
+	if err != nil {
+		return Revision{}, fmt.Errorf("stored settings, revision %d: %w", r.Number, err)
+	}
+	r.Settings = normal(r.Settings)
+	return r, nil
+}
+
+func key(number uint64) []byte { return binary.BigEndian.AppendUint64(nil, number) }
+
+// normal gives settings that mean the same one form: an absent list is an empty
+// one. It shares nothing with what the caller goes on to use.
+func normal(s Settings) Settings {
+	s.LAN.Interfaces = append([]string{}, s.LAN.Interfaces...)
+	s.Uplinks = append([]Uplink{}, s.Uplinks...)
+	return s
+}
+
+func equal(a, b Settings) bool { return reflect.DeepEqual(normal(a), normal(b)) }

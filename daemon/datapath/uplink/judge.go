@@ -1,0 +1,177 @@
+package uplink
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+)
+
+// Observation is what the kernel said about some interfaces at one moment.
+// Interfaces that do not exist are not in it.
+type Observation struct{ Links []Link }
+
+// Link is one network interface.
+type Link struct {
+	Name    string
+	Index   int
+	Up      bool // administratively
+	Carrier bool // it is up and the other end is there
+	// Addresses in the kernel's order.
+	Addresses []Address
+	// Defaults are the next hops through this interface of default routes in
+	// the main table.
+	Defaults []Default
+
+	ReceivedBytes, SentBytes uint64
+}
+
+// Address is an address of an interface with its on-link prefix.
+type Address struct {
+	Prefix netip.Prefix // the address itself with the length of the prefix
+	// Unusable addresses are still being checked for duplicates, have failed
+	// that check, or are deprecated: no new connection may use them.
+	Unusable bool
+	// Temporary is a privacy address of IPv6, or a secondary one of IPv4.
+	Temporary bool
+}
+
+// Default is one next hop of a default route.
+type Default struct {
+	// Gateway is the unspecified address of the route's family when the link is
+	// point-to-point and has no next hop.
+	Gateway netip.Addr
+	Metric  uint32
+}
+
+// Want names an interface that is to be judged as an uplink.
+type Want struct{ Name, Interface string }
+
+// Judge says of every wanted uplink, in the order given, whether it is fit and
+// what traffic through it needs. IPv4 alone or IPv6 alone is enough.
+func Judge(o Observation, wants []Want) []Status {
+	statuses := make([]Status, len(wants))
+	holder := map[netip.Addr]string{} // the interface that each source was first found on
+	// Links with a carrier first: when two modems hand out the same address, the
+	// one that works has it.
+	for _, carrier := range []bool{true, false} {
+		for i, want := range wants {
+			at := slices.IndexFunc(o.Links, func(l Link) bool { return l.Name == want.Interface })
+			switch {
+			case at < 0:
+				statuses[i] = Status{
+					Name: want.Name, Interface: want.Interface,
+					Reason: fmt.Sprintf("interface %s does not exist", want.Interface),
+				}
+			case o.Links[at].Carrier == carrier:
+				statuses[i] = judge(o.Links[at], want, holder)
+			}
+		}
+	}
+	return statuses
+}
+
+func judge(link Link, want Want, holder map[netip.Addr]string) Status {
+	s := Status{
+		Name: want.Name, Interface: want.Interface, Index: link.Index,
+		ReceivedBytes: link.ReceivedBytes, SentBytes: link.SentBytes,
+	}
+	if !link.Up {
+		// The kernel refuses routes through it, whatever addresses it keeps.
+		s.Reason = fmt.Sprintf("interface %s is down", link.Name)
+		return s
+	}
+
+	// Sources are given even while there is no carrier: what depends on them
+	// alone need not be taken away and put back whenever a cable moves.
+	var missing []string
+	for _, family := range []string{"IPv4", "IPv6"} {
+		source, gateway, reason := choose(link, family)
+		if reason == "" {
+			// The source address is all that tells the uplinks' traffic apart.
+			if other, taken := holder[source.Addr()]; taken {
+				reason = fmt.Sprintf("%s has the address %s, which %s has too: give one of their networks another range", link.Name, source.Addr(), other)
+			} else {
+				holder[source.Addr()] = link.Name
+			}
+		}
+		if reason != "" {
+			missing = append(missing, reason)
+			continue
+		}
+		s.Sources = append(s.Sources, source)
+		s.Gateways = append(s.Gateways, gateway)
+	}
+
+	switch {
+	case !link.Carrier:
+		s.Reason = fmt.Sprintf("%s has no carrier: nothing answers at the other end of the link", link.Name)
+	case len(s.Sources) > 0:
+		s.Fit = true
+	default:
+		s.Reason = worst(missing)
+	}
+	return s
+}
+
+// worst picks the reason to show when no family is usable: one that got further
+// than having no address says more.
+func worst(reasons []string) string {
+	for _, r := range reasons {
+		if !strings.Contains(r, noAddress) {
+			return r
+		}
+	}
+	return reasons[0]
+}
+
+const noAddress = "has no usable address"
+
+// choose picks the address to send from and the gateway to send to.
+func choose(link Link, family string) (source netip.Prefix, gateway netip.Addr, reason string) {
+	is := func(a netip.Addr) bool { return a.Is4() == (family == "IPv4") }
+
+	gateways := slices.DeleteFunc(slices.Clone(link.Defaults), func(d Default) bool { return !is(d.Gateway) })
+	slices.SortFunc(gateways, func(a, b Default) int {
+		return cmp.Or(cmp.Compare(a.Metric, b.Metric), a.Gateway.Compare(b.Gateway))
+	})
+	if len(gateways) > 0 {
+		gateway = gateways[0].Gateway
+	}
+
+	sources := slices.DeleteFunc(slices.Clone(link.Addresses), func(a Address) bool {
+		return !is(a.Prefix.Addr()) || a.Unusable || !a.Prefix.Addr().IsGlobalUnicast()
+	})
+	// The same set of addresses gives the same choice in whatever order they
+	// came: live connections hang on it.
+	slices.SortFunc(sources, func(a, b Address) int {
+		return cmp.Or(
+			before(a.Prefix.Contains(gateway), b.Prefix.Contains(gateway)),
+			before(!uniqueLocal(a), !uniqueLocal(b)),
+			before(!a.Temporary, !b.Temporary),
+			a.Prefix.Addr().Compare(b.Prefix.Addr()),
+		)
+	})
+	switch {
+	case len(sources) == 0:
+		return source, gateway, fmt.Sprintf("%s %s", link.Name, noAddress)
+	case !gateway.IsValid():
+		return source, gateway, fmt.Sprintf("no default route on %s in the main table: its gateway is unknown", link.Name)
+	}
+	return sources[0].Prefix, gateway, ""
+}
+
+// before sorts what is true first.
+func before(a, b bool) int {
+	switch {
+	case a == b:
+		return 0
+	case a:
+		return -1
+	}
+	return 1
+}
+
+// uniqueLocal addresses (RFC 4193) reach no further than the site.
+func uniqueLocal(a Address) bool { return a.Prefix.Addr().Is6() && a.Prefix.Addr().IsPrivate() }

@@ -1,0 +1,119 @@
+package router
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/netip"
+	"sync"
+	"time"
+
+	"sheaf/daemon/control/settings"
+	"sheaf/daemon/datapath/tunnel"
+)
+
+const (
+	// blockRetry is how often a waiting connection looks for the tunnel again.
+	blockRetry = 250 * time.Millisecond
+	// directDial is how long a destination may take without the tunnel, over
+	// each uplink.
+	directDial = 5 * time.Second
+)
+
+// carry takes one LAN connection to its destination.
+func (r *Router) carry(ctx context.Context, client *net.TCPConn, destination netip.AddrPort) {
+	ctx, cancel := context.WithTimeout(ctx, clientPatience)
+	defer cancel()
+	for {
+		session, err := r.pool.Get(ctx)
+		if err == nil {
+			r.flows.Add(1)
+			err = session.Relay(client, destination)
+			r.flows.Add(-1)
+			r.pool.Put(session)
+			if err != nil {
+				r.log.Debug("flow ended early", "client", client.RemoteAddr(), "destination", destination, "error", err)
+			}
+			return
+		}
+		if errors.Is(err, tunnel.ErrDown) && r.current().Settings.WhenTunnelDown == settings.Direct {
+			r.direct(ctx, client, destination)
+			return
+		}
+		select {
+		case <-ctx.Done():
+			r.log.Debug("LAN connection reset: the tunnel is down", "client", client.RemoteAddr(), "destination", destination, "error", err)
+			reset(client)
+			return
+		case <-time.After(blockRetry):
+		}
+	}
+}
+
+func reset(c *net.TCPConn) {
+	_ = c.SetLinger(0)
+	_ = c.Close()
+}
+
+// direct relays without the tunnel, out of the first fit uplink over which the
+// destination answers.
+func (r *Router) direct(ctx context.Context, client *net.TCPConn, destination netip.AddrPort) {
+	var server *net.TCPConn
+	r.mu.Lock()
+	ways := paths(r.revision.Settings, r.uplinks)
+	r.mu.Unlock()
+	for _, source := range directSources(ways, destination.Addr()) {
+		dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: source.AsSlice()}, Timeout: directDial}
+		c, err := dialer.DialContext(ctx, "tcp", destination.String())
+		if err == nil {
+			server = c.(*net.TCPConn)
+			break
+		}
+	}
+	if server == nil {
+		reset(client)
+		return
+	}
+	r.directFlows.Add(1)
+	defer r.directFlows.Add(-1)
+	// Should this process end now, neither side may take it for a clean end.
+	_ = errors.Join(client.SetLinger(0), server.SetLinger(0))
+	var both sync.WaitGroup
+	both.Go(func() { splice(server, client) })
+	both.Go(func() { splice(client, server) })
+	both.Wait()
+	for _, c := range []*net.TCPConn{client, server} {
+		_ = c.SetLinger(-1)
+		_ = c.Close()
+	}
+}
+
+// directSources are the addresses to leave from, those of uplinks that are on
+// before those of backups.
+func directSources(ways []tunnel.Path, destination netip.Addr) []netip.Addr {
+	var on, backup []netip.Addr
+	for _, way := range ways {
+		for _, source := range way.Sources {
+			switch {
+			case source.Is4() != destination.Is4():
+			case way.Backup:
+				backup = append(backup, source)
+			default:
+				on = append(on, source)
+			}
+		}
+	}
+	return append(on, backup...)
+}
+
+// splice copies until the end, which it passes on, or a failure, which it
+// passes on as RST.
+func splice(to, from *net.TCPConn) {
+	if _, err := io.Copy(to, from); err != nil {
+		reset(to)
+		reset(from)
+		return
+	}
+	_ = to.CloseWrite()
+}

@@ -1,0 +1,450 @@
+// Package router joins the data path and the control path on the device.
+//
+//	data     LAN client ─▶ intercept.Listener ─▶ carry ─▶ tunnel.Pool ─▶ Session.Relay
+//	                                                 └─▶ direct, while the tunnel is down
+//	control  sheafctl ─▶ webui ─▶ Apply ─▶ settings ─┐
+//	         netlink event ───────────────▶ reconcile.Loop ─▶ want ─▶ kernel
+//	                                                          └─▶ tunnel.Pool (paths)
+package router
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"sheaf/daemon/control/desired"
+	"sheaf/daemon/control/kernel"
+	"sheaf/daemon/control/reconcile"
+	"sheaf/daemon/control/settings"
+	"sheaf/daemon/datapath/intercept"
+	"sheaf/daemon/datapath/tunnel"
+	"sheaf/daemon/datapath/uplink"
+	"sheaf/webui"
+)
+
+const (
+	// clientPatience is how long a LAN connection waits for the tunnel before
+	// it is reset.
+	clientPatience = 10 * time.Second
+	// syncTime bounds how long Apply waits for the kernel to follow.
+	syncTime = 10 * time.Second
+	// joinTime bounds one attempt to enrol.
+	joinTime = 12 * time.Second
+	// cleanTime bounds the removal of our rules at the end.
+	cleanTime = 5 * time.Second
+
+	joinRetryMin = time.Second
+	joinRetryMax = 5 * time.Second
+)
+
+// Config is what the command line says.
+type Config struct {
+	StateDir string
+	Settings []byte // the text of --settings, or nil
+	Socket   string
+	Version  string
+	Log      *slog.Logger
+}
+
+// Router is a running daemon. It satisfies webui.Router.
+type Router struct {
+	config Config
+	log    *slog.Logger
+	state  *state
+	kernel *kernel.Kernel
+	loop   *reconcile.Loop
+	pool   *tunnel.Pool
+	meter  meter
+
+	changing sync.Mutex // orders changes of settings and enrolment
+	joined   chan struct{}
+
+	mu       sync.Mutex
+	revision settings.Revision // in force
+	uplinks  []uplink.Status   // as last observed
+	enrolled *enrolment
+	lastPass reconcile.Pass
+
+	flows, directFlows atomic.Int64
+}
+
+// Run serves until ctx ends, and then removes what it put into the kernel.
+func Run(ctx context.Context, c Config) (err error) {
+	st, err := openState(c.StateDir)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, st.db.Close()) }()
+	socket, err := webui.ListenUnix(c.Socket)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = socket.Close() }()
+
+	r := &Router{config: c, log: c.Log, state: st, pool: tunnel.NewPool(c.Log), joined: make(chan struct{}, 1)}
+	if r.revision, err = st.settings.Current(); err != nil {
+		return err
+	}
+	if r.enrolled, err = st.enrolment(); err != nil {
+		return err
+	}
+	if c.Settings != nil {
+		if err := r.applyFile(); err != nil {
+			return err
+		}
+	}
+	if r.kernel, err = kernel.New(); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, r.kernel.Close()) }()
+	r.loop = &reconcile.Loop{Kernel: r.kernel, Want: r.want, Report: r.reconciled, Log: c.Log}
+
+	listener, err := intercept.Listen(ctx, desired.InterceptPort, c.Log)
+	if err != nil {
+		return err
+	}
+	info, err := r.kernel.Info()
+	if err != nil {
+		return err
+	}
+	r.setPeer()
+
+	work, ctx := errgroup.WithContext(ctx)
+	work.Go(func() error {
+		if err := r.loop.Run(ctx); !errors.Is(err, context.Canceled) {
+			return err
+		}
+		return nil
+	})
+	work.Go(func() error { r.pool.Run(ctx); return nil })
+	work.Go(func() error { r.meter.run(ctx, r.observe, r.pool); return nil })
+	work.Go(func() error { return r.keepJoining(ctx) })
+	work.Go(func() error { return webui.Serve(ctx, socket, webui.NewRouterHandler(r, c.Log)) })
+	work.Go(func() error {
+		listener.Serve(func(client *net.TCPConn, destination netip.AddrPort) { r.carry(ctx, client, destination) })
+		return nil
+	})
+	work.Go(func() error {
+		<-ctx.Done()
+		listener.Close()
+		return nil
+	})
+	c.Log.Info("router ready", "revision", r.revision.Number, "socket", c.Socket, "kernel", info.Release, "mptcp", info.MPTCP)
+	err = work.Wait()
+
+	cleaning, cancel := context.WithTimeout(context.Background(), cleanTime)
+	defer cancel()
+	if cleanErr := r.kernel.Clean(cleaning); cleanErr != nil {
+		err = errors.Join(err, fmt.Errorf("removing our rules from the kernel: %w", cleanErr))
+	}
+	return err
+}
+
+// applyFile stores the settings given on the command line as a revision of
+// their own, if they differ from those in force.
+func (r *Router) applyFile() error {
+	s, err := settings.Parse(r.config.Settings)
+	if err != nil {
+		return fmt.Errorf("--settings: %w", err)
+	}
+	if token := s.Concentrator.Token; token != "" && !r.used(token) {
+		if _, err := tunnel.ParseToken(token); err != nil {
+			return fmt.Errorf("--settings: concentrator.token: %w", err)
+		}
+		// keepJoining uses it as soon as an uplink is fit.
+		if err := r.state.setPending(token); err != nil {
+			return err
+		}
+	}
+	s.Concentrator.Token = ""
+	r.revision, err = r.state.settings.Put(s, "file", time.Now())
+	return err
+}
+
+// want says what the kernel should hold now. The loop calls it at every wake-up.
+func (r *Router) want() (desired.State, error) {
+	statuses, err := r.observe()
+	if err != nil {
+		return desired.State{}, err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.uplinks = statuses
+	return desired.Compile(r.revision.Settings, statuses), nil
+}
+
+// reconciled follows every pass of the loop. Only now may sessions be dialled
+// from an uplink that has come: before its rules were there, they would have
+// left by another.
+func (r *Router) reconciled(p reconcile.Pass) {
+	r.mu.Lock()
+	r.lastPass = p
+	ways := paths(r.revision.Settings, r.uplinks)
+	r.mu.Unlock()
+	r.pool.SetPaths(ways)
+}
+
+func (r *Router) observe() ([]uplink.Status, error) {
+	s := r.current().Settings
+	var names []string
+	var wanted []uplink.Want
+	for _, u := range s.Uplinks {
+		names = append(names, u.Interface)
+		wanted = append(wanted, uplink.Want{Name: u.Name, Interface: u.Interface})
+	}
+	seen, err := uplink.Observe(names)
+	if err != nil {
+		return nil, err
+	}
+	return uplink.Judge(seen, wanted), nil
+}
+
+func (r *Router) current() settings.Revision {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.revision
+}
+
+// paths are the uplinks that sessions may be dialled from: fit ones that are
+// not off.
+func paths(s settings.Settings, statuses []uplink.Status) []tunnel.Path {
+	var list []tunnel.Path
+	for _, status := range statuses {
+		mode := modeOf(s, status.Name)
+		if !status.Fit || mode == settings.Off {
+			continue
+		}
+		p := tunnel.Path{Name: status.Name, Backup: mode == settings.Backup}
+		for _, source := range status.Sources {
+			p.Sources = append(p.Sources, source.Addr())
+		}
+		list = append(list, p)
+	}
+	return list
+}
+
+func modeOf(s settings.Settings, name string) settings.Mode {
+	for _, u := range s.Uplinks {
+		if u.Name == name {
+			return u.Mode
+		}
+	}
+	return settings.Off
+}
+
+// setPeer tells the pool whom to dial.
+func (r *Router) setPeer() {
+	r.mu.Lock()
+	e, s := r.enrolled, r.revision.Settings
+	r.mu.Unlock()
+	if e == nil {
+		r.pool.SetPeer(nil)
+		return
+	}
+	r.pool.SetPeer(&tunnel.Peer{
+		Identity: r.state.identity, Concentrator: e.Key, Addresses: e.Addresses,
+		Multipath: s.Multipath.Enabled, Variant: fmt.Sprint(s.Multipath), Software: "sheafd " + r.config.Version,
+	})
+}
+
+// Settings returns the revision in force.
+func (r *Router) Settings(context.Context) (settings.Revision, error) { return r.current(), nil }
+
+// Apply stores settings as a revision and waits for the kernel to follow.
+func (r *Router) Apply(ctx context.Context, s settings.Settings, author string) (settings.Revision, error) {
+	r.changing.Lock()
+	defer r.changing.Unlock()
+	if err := settings.Validate(s); err != nil {
+		return settings.Revision{}, err
+	}
+	// The token is used, not kept: it is worthless afterwards, and a secret until then.
+	token := s.Concentrator.Token
+	s.Concentrator.Token = ""
+	var later error
+	if token != "" && !r.used(token) {
+		// First, so that a refused token leaves everything as it was.
+		_, err := r.join(ctx, token)
+		var unreachable *webui.Error
+		switch {
+		case errors.As(err, &unreachable) && unreachable.Code == webui.CodeConcentratorUnreachable:
+			if err := r.state.setPending(token); err != nil {
+				return settings.Revision{}, err
+			}
+			later = fmt.Errorf("the router joins as soon as it can: %w", err)
+		case err != nil:
+			return settings.Revision{}, err
+		}
+	}
+	revision, err := r.put(ctx, s, author)
+	if later != nil && err == nil {
+		r.kickJoining()
+		err = &webui.Pending{Reason: later.Error()}
+	}
+	return revision, err
+}
+
+// SetUplinkMode changes one uplink's mode, on live connections too.
+func (r *Router) SetUplinkMode(ctx context.Context, name string, mode settings.Mode, author string) (settings.Revision, error) {
+	r.changing.Lock()
+	defer r.changing.Unlock()
+	s := r.current().Settings
+	s.Uplinks = slices.Clone(s.Uplinks)
+	i := slices.IndexFunc(s.Uplinks, func(u settings.Uplink) bool { return u.Name == name })
+	if i < 0 {
+		return settings.Revision{}, &webui.Error{Code: webui.CodeUplinkUnknown, Detail: fmt.Sprintf("there is no uplink %q; `sheafctl uplinks` lists them", name)}
+	}
+	s.Uplinks[i].Mode = mode
+	return r.put(ctx, s, author)
+}
+
+// put stores settings and makes them so.
+func (r *Router) put(ctx context.Context, s settings.Settings, author string) (settings.Revision, error) {
+	revision, err := r.state.settings.Put(s, author, time.Now())
+	if err != nil {
+		return settings.Revision{}, err
+	}
+	r.mu.Lock()
+	r.revision = revision
+	r.mu.Unlock()
+	r.setPeer()
+	ctx, cancel := context.WithTimeout(ctx, syncTime)
+	defer cancel()
+	if err := r.loop.Sync(ctx); err != nil {
+		return revision, &webui.Pending{Reason: err.Error()}
+	}
+	return revision, nil
+}
+
+// Join enrols with the concentrator that made the token.
+func (r *Router) Join(ctx context.Context, token string) (webui.Joined, error) {
+	r.changing.Lock()
+	defer r.changing.Unlock()
+	e, err := r.join(ctx, token)
+	if err != nil {
+		return webui.Joined{}, err
+	}
+	return webui.Joined{Concentrator: e.Router, Address: e.Addresses[0], Fingerprint: e.Key.Fingerprint()}, nil
+}
+
+func digest(token string) []byte {
+	sum := sha256.Sum256([]byte(token))
+	return sum[:]
+}
+
+// used says whether the token is the one that the router has joined with.
+func (r *Router) used(token string) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.enrolled != nil && slices.Equal(r.enrolled.Token, digest(token))
+}
+
+// join presents the token over each fit uplink until one reaches the
+// concentrator.
+func (r *Router) join(ctx context.Context, text string) (enrolment, error) {
+	token, err := tunnel.ParseToken(text)
+	if err != nil {
+		return enrolment{}, &webui.Error{Code: webui.CodeTokenAltered, Detail: err.Error()}
+	}
+	ctx, cancel := context.WithTimeout(ctx, joinTime)
+	defer cancel()
+	r.mu.Lock()
+	ways := paths(r.revision.Settings, r.uplinks)
+	r.mu.Unlock()
+	if err := tunnel.Enrol(ctx, r.state.identity, token, ways, "sheafd "+r.config.Version); err != nil {
+		if refusal := refusalOf(err); refusal != nil {
+			return enrolment{}, refusal
+		}
+		return enrolment{}, &webui.Error{Code: webui.CodeConcentratorUnreachable, Detail: "the concentrator was not reached: " + err.Error()}
+	}
+	e := enrolment{Router: token.Name, Key: token.Concentrator, Addresses: token.Addresses, Joined: time.Now().UTC(), Token: digest(text)}
+	if err := r.state.setEnrolment(e); err != nil {
+		return enrolment{}, err
+	}
+	r.mu.Lock()
+	r.enrolled = &e
+	r.mu.Unlock()
+	r.setPeer()
+	r.log.Info("joined", "as", e.Router, "concentrator", e.Addresses, "key", e.Key.Fingerprint())
+	return e, nil
+}
+
+// refusalOf returns the API's error for a token that will never do, or nil.
+func refusalOf(err error) error {
+	var mismatch *tunnel.KeyMismatchError
+	if errors.As(err, &mismatch) {
+		return &webui.Error{Code: webui.CodeTokenAltered, Detail: err.Error()}
+	}
+	var refused *tunnel.RefusedError
+	if !errors.As(err, &refused) {
+		return nil
+	}
+	code := webui.CodeTokenAltered
+	switch refused.Code {
+	case tunnel.CodeTokenUsed:
+		code = webui.CodeTokenUsed
+	case tunnel.CodeTokenExpired:
+		code = webui.CodeTokenExpired
+	case tunnel.CodeVersion, tunnel.CodeInternal:
+		code = webui.CodeConcentratorUnreachable
+	}
+	return &webui.Error{Code: code, Detail: refused.Message}
+}
+
+func (r *Router) kickJoining() {
+	select {
+	case r.joined <- struct{}{}:
+	default:
+	}
+}
+
+// keepJoining uses a token that could not be used when it was given.
+func (r *Router) keepJoining(ctx context.Context) error {
+	wait := joinRetryMin
+	for {
+		token, err := r.state.pending()
+		if err != nil {
+			return err
+		}
+		if token == "" {
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-r.joined:
+				wait = joinRetryMin
+			}
+			continue
+		}
+		r.changing.Lock()
+		_, err = r.join(ctx, token)
+		r.changing.Unlock()
+		if err == nil {
+			continue
+		}
+		var refusal *webui.Error
+		if errors.As(err, &refusal) && refusal.Code != webui.CodeConcentratorUnreachable {
+			r.log.Error("the token in the settings is of no use", "error", err)
+			if err := r.state.setPending(""); err != nil {
+				return err
+			}
+			continue
+		}
+		r.log.Warn("joining failed; trying again", "error", err, "in", wait)
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(wait):
+		case <-r.joined:
+		}
+		wait = min(2*wait, joinRetryMax)
+	}
+}

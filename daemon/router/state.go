@@ -1,0 +1,124 @@
+package router
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"go.etcd.io/bbolt"
+
+	"sheaf/daemon/control/settings"
+	"sheaf/daemon/datapath/tunnel"
+)
+
+// The daemon's one file, with these buckets beside those of package settings.
+var (
+	bucketIdentity = []byte("identity")
+
+	keySeed      = []byte("seed")      // of the router's Ed25519 key
+	keyEnrolment = []byte("enrolment") // enrolment, once joined
+	keyPending   = []byte("pending")   // a token that is still to be used
+)
+
+// enrolment is the concentrator that the router has joined.
+type enrolment struct {
+	Router    string           `json:"router"` // what the concentrator calls us
+	Key       tunnel.PublicKey `json:"key"`
+	Addresses []string         `json:"addresses"`
+	Joined    time.Time        `json:"joined"`
+	// Token is the SHA-256 of the token that was used, so that a settings file
+	// that still holds it does not make the router join again.
+	Token []byte `json:"token"`
+}
+
+// state is what survives a restart.
+type state struct {
+	db       *bbolt.DB
+	settings *settings.Store
+	identity *tunnel.Identity
+}
+
+func openState(dir string) (*state, error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("making the state directory: %w", err)
+	}
+	path := filepath.Join(dir, "state.db")
+	db, err := bbolt.Open(path, 0o600, &bbolt.Options{Timeout: time.Second})
+	if errors.Is(err, bbolt.ErrTimeout) {
+		return nil, fmt.Errorf("%s is in use: another sheafd runs on this state directory", path)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("opening the state %s: %w", path, err)
+	}
+	s := &state{db: db}
+	if s.settings, err = settings.Open(db); err == nil {
+		err = db.Update(s.loadIdentity)
+	}
+	if err != nil {
+		_ = db.Close()
+		return nil, fmt.Errorf("reading the state %s: %w", path, err)
+	}
+	return s, nil
+}
+
+func (s *state) loadIdentity(tx *bbolt.Tx) error {
+	b, err := tx.CreateBucketIfNotExists(bucketIdentity)
+	if err != nil {
+		return err
+	}
+	if seed := b.Get(keySeed); seed != nil {
+		s.identity, err = tunnel.LoadIdentity(slices.Clone(seed))
+		return err
+	}
+	if s.identity, err = tunnel.NewIdentity(); err != nil {
+		return err
+	}
+	return b.Put(keySeed, s.identity.Seed())
+}
+
+// enrolment returns the concentrator joined, or nil.
+func (s *state) enrolment() (e *enrolment, err error) {
+	err = s.db.View(func(tx *bbolt.Tx) error {
+		text := tx.Bucket(bucketIdentity).Get(keyEnrolment)
+		if text == nil {
+			return nil
+		}
+		e = new(enrolment)
+		return json.Unmarshal(text, e)
+	})
+	return e, err
+}
+
+// setEnrolment stores a concentrator, and forgets the token that led to it.
+func (s *state) setEnrolment(e enrolment) error {
+	text, err := json.Marshal(e)
+	if err != nil {
+		return err
+	}
+	return s.db.Update(func(tx *bbolt.Tx) error {
+		b := tx.Bucket(bucketIdentity)
+		return errors.Join(b.Put(keyEnrolment, text), b.Delete(keyPending))
+	})
+}
+
+// pending returns a token that is still to be used, or "".
+func (s *state) pending() (token string, err error) {
+	err = s.db.View(func(tx *bbolt.Tx) error {
+		token = string(tx.Bucket(bucketIdentity).Get(keyPending))
+		return nil
+	})
+	return token, err
+}
+
+func (s *state) setPending(token string) error {
+	return s.db.Update(func(tx *bbolt.Tx) error {
+		if token == "" {
+			return tx.Bucket(bucketIdentity).Delete(keyPending)
+		}
+		return tx.Bucket(bucketIdentity).Put(keyPending, []byte(token))
+	})
+}

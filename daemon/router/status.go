@@ -1,0 +1,272 @@
+package router
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"strconv"
+	"sync"
+	"time"
+
+	"sheaf/daemon/control/desired"
+	"sheaf/daemon/control/kernel"
+	"sheaf/daemon/control/reconcile"
+	"sheaf/daemon/control/settings"
+	"sheaf/daemon/datapath/tunnel"
+	"sheaf/daemon/datapath/uplink"
+	"sheaf/webui"
+)
+
+// measureEvery is how often rates and loss are measured.
+const measureEvery = 2 * time.Second
+
+// meter turns counters into rates.
+type meter struct {
+	mu    sync.Mutex
+	at    time.Time
+	bytes map[string][2]uint64 // by uplink: received, sent
+	rates map[string][2]uint64 // bit/s
+	sent  map[netip.AddrPort]segments
+	loss  map[netip.Addr]float64 // by source address
+}
+
+// segments are a subflow's counters.
+type segments struct{ sent, again uint32 }
+
+func (m *meter) run(ctx context.Context, observe func() ([]uplink.Status, error), pool *tunnel.Pool) {
+	tick := time.NewTicker(measureEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		if statuses, err := observe(); err == nil {
+			m.measure(time.Now(), statuses, pool.Status().Subflows)
+		}
+	}
+}
+
+// measure compares with the last time. A subflow is known by its local address
+// and port.
+func (m *meter) measure(now time.Time, statuses []uplink.Status, subflows []tunnel.Subflow) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	elapsed := now.Sub(m.at).Seconds()
+	bytes, rates := map[string][2]uint64{}, map[string][2]uint64{}
+	for _, s := range statuses {
+		current := [2]uint64{s.ReceivedBytes, s.SentBytes}
+		bytes[s.Name] = current
+		last, ok := m.bytes[s.Name]
+		if !ok || elapsed <= 0 || current[0] < last[0] || current[1] < last[1] {
+			continue // the first look, or the interface was made anew
+		}
+		rates[s.Name] = [2]uint64{
+			uint64(float64(current[0]-last[0]) * 8 / elapsed),
+			uint64(float64(current[1]-last[1]) * 8 / elapsed),
+		}
+	}
+	sent := map[netip.AddrPort]segments{}
+	lately := map[netip.Addr]segments{}
+	for _, f := range subflows {
+		current := segments{f.Segments, f.Retransmitted}
+		sent[f.Local] = current
+		last := m.sent[f.Local]
+		if current.sent < last.sent || current.again < last.again {
+			last = segments{} // another subflow has the port now
+		}
+		sum := lately[f.Local.Addr()]
+		lately[f.Local.Addr()] = segments{sum.sent + current.sent - last.sent, sum.again + current.again - last.again}
+	}
+	loss := map[netip.Addr]float64{}
+	for a, l := range lately {
+		switch {
+		case l.sent > 0:
+			loss[a] = min(1, float64(l.again)/float64(l.sent))
+		default:
+			loss[a] = m.loss[a] // nothing was sent: what was known holds
+		}
+	}
+	m.at, m.bytes, m.rates, m.sent, m.loss = now, bytes, rates, sent, loss
+}
+
+// Status describes the router as it is now.
+func (r *Router) Status(ctx context.Context) (webui.Status, error) {
+	statuses, err := r.observe()
+	if err != nil {
+		return webui.Status{}, err
+	}
+	info, err := r.kernel.Info()
+	if err != nil {
+		return webui.Status{}, err
+	}
+	held, err := r.kernel.Read(ctx)
+	if err != nil {
+		return webui.Status{}, err
+	}
+	pool := r.pool.Status()
+	r.mu.Lock()
+	revision, enrolled, pass := r.revision, r.enrolled, r.lastPass
+	r.mu.Unlock()
+	r.meter.mu.Lock()
+	rates, loss := r.meter.rates, r.meter.loss // replaced, never changed
+	r.meter.mu.Unlock()
+
+	s := webui.Status{
+		Version:  r.config.Version,
+		Kernel:   webui.KernelStatus{Release: info.Release, MPTCP: info.MPTCP},
+		Settings: webui.SettingsStatus{Revision: revision.Number},
+		Problems: []string{},
+	}
+	s.Uplinks = describeUplinks(revision.Settings, statuses, pool, rates, loss)
+	s.Tunnel = describeTunnel(revision.Settings, s.Uplinks, pool)
+	s.Tunnel.Flows, s.Tunnel.DirectFlows = int(r.flows.Load()), int(r.directFlows.Load())
+	s.Multipath = describeMultipath(revision.Settings.Multipath, info, held)
+	s.Concentrator = webui.ConcentratorStatus{Address: pool.Address, Sessions: pool.Sessions, IdleSessions: pool.Idle}
+	if enrolled != nil {
+		s.Concentrator.Name, s.Concentrator.Fingerprint = enrolled.Addresses[0], enrolled.Key.Fingerprint()
+		if s.Concentrator.Address == "" {
+			s.Concentrator.Address = enrolled.Addresses[0]
+		}
+	}
+	for _, name := range revision.Settings.LAN.Interfaces {
+		_, err := net.InterfaceByName(name)
+		s.LAN.Interfaces = append(s.LAN.Interfaces, webui.InterfaceStatus{Name: name, Present: err == nil})
+	}
+	s.Problems = problems(s, pass)
+	return s, nil
+}
+
+// describeUplinks decides the state of each uplink. One that carries nothing is
+// never called carrying.
+func describeUplinks(s settings.Settings, statuses []uplink.Status, pool tunnel.Status, rates map[string][2]uint64, loss map[netip.Addr]float64) []webui.UplinkStatus {
+	list := make([]webui.UplinkStatus, 0, len(statuses))
+	carrying := false
+	for _, u := range statuses {
+		mode := modeOf(s, u.Name)
+		w := webui.UplinkStatus{
+			Name: u.Name, Interface: u.Interface, Mode: string(mode),
+			RxBytes: u.ReceivedBytes, TxBytes: u.SentBytes, RxBps: rates[u.Name][0], TxBps: rates[u.Name][1],
+			PlainTCP: slices.Contains(pool.Plain, u.Name),
+		}
+		var rtts []time.Duration
+		for _, source := range u.Sources {
+			if w.Address == "" {
+				w.Address = source.Addr().String()
+			}
+			for _, f := range pool.Subflows {
+				if f.Local.Addr() == source.Addr() {
+					w.Subflows++
+					rtts = append(rtts, f.RTT)
+				}
+			}
+			if l, ok := loss[source.Addr()]; ok && w.Loss == nil {
+				w.Loss = &l
+			}
+		}
+		if len(u.Gateways) > 0 && !u.Gateways[0].IsUnspecified() {
+			w.Gateway = u.Gateways[0].String()
+		}
+		if len(rtts) > 0 {
+			slices.Sort(rtts)
+			ms := float64(rtts[len(rtts)/2].Microseconds()) / 1000
+			w.RTTMs = &ms
+		}
+		switch {
+		case mode == settings.Off:
+			w.State, w.Reason = "off", "switched off by the operator"
+		case !u.Present():
+			w.State, w.Reason = "absent", u.Reason
+		case !u.Fit:
+			w.State, w.Reason = "unfit", u.Reason
+		case w.Subflows > 0:
+			w.State = "carrying"
+		case pool.Up && (!s.Multipath.Enabled || s.Multipath.PathManager == settings.PathManagerDefault):
+			w.State, w.Reason = "standby", "one uplink at a time is used, as the multipath settings say"
+		default:
+			w.State, w.Reason = "unfit", "no session reaches the concentrator over it"
+			if err := pool.Failed[u.Name]; err != nil {
+				w.Reason = "the concentrator is not reached: " + err.Error()
+			} else if pool.Reason != nil {
+				w.Reason = pool.Reason.Error()
+			}
+		}
+		carrying = carrying || w.State == "carrying" && mode == settings.On
+		list = append(list, w)
+	}
+	for i := range list {
+		if u := &list[i]; u.State == "carrying" && u.Mode == string(settings.Backup) && carrying {
+			u.State, u.Reason = "standby", "backup, and an uplink that is on carries"
+		}
+	}
+	return list
+}
+
+func describeTunnel(s settings.Settings, uplinks []webui.UplinkStatus, pool tunnel.Status) webui.TunnelStatus {
+	if !pool.Up {
+		t := webui.TunnelStatus{State: "down"}
+		if pool.Reason != nil {
+			t.Reason = pool.Reason.Error()
+		}
+		return t
+	}
+	for _, u := range uplinks {
+		switch {
+		case u.Mode == string(settings.On) && u.State != "carrying" && u.State != "standby":
+			return webui.TunnelStatus{State: "degraded", Reason: fmt.Sprintf("%s carries nothing: %s", u.Name, u.Reason)}
+		case u.PlainTCP && s.Multipath.Enabled:
+			return webui.TunnelStatus{State: "degraded", Reason: u.Name + ": something on its path strips MPTCP"}
+		}
+	}
+	return webui.TunnelStatus{State: "up"}
+}
+
+func describeMultipath(want settings.Multipath, info kernel.Info, held desired.State) webui.MultipathStatus {
+	m := webui.MultipathStatus{
+		Wanted: webui.MultipathValues{Enabled: want.Enabled, PathManager: string(want.PathManager),
+			Scheduler: want.Scheduler, Checksum: want.Checksum, SYNRetries: want.SYNRetries},
+		AvailableSchedulers:   info.Schedulers,
+		AvailablePathManagers: []string{string(settings.PathManagerDefault), string(settings.PathManagerFullmesh)},
+	}
+	m.Kernel.Enabled = info.Sysctls["enabled"] == "1"
+	m.Kernel.Scheduler = info.Sysctls["scheduler"]
+	m.Kernel.Checksum = info.Sysctls["checksum_enabled"] == "1"
+	m.Kernel.SYNRetries, _ = strconv.Atoi(info.Sysctls["syn_retrans_before_tcp_fallback"])
+	m.Kernel.PathManager = string(settings.PathManagerDefault)
+	if held.MPTCP != nil && len(held.MPTCP.Endpoints) > 0 {
+		m.Kernel.PathManager = string(settings.PathManagerFullmesh)
+	}
+	return m
+}
+
+// problems lists what an operator should look at, most serious first.
+func problems(s webui.Status, pass reconcile.Pass) []string {
+	list := []string{}
+	if s.Tunnel.State == "down" {
+		list = append(list, s.Tunnel.Reason)
+	}
+	if pass.Err != nil {
+		list = append(list, "the kernel does not take all of the settings: "+pass.Err.Error())
+	}
+	list = append(list, pass.Problems...)
+	if s.Kernel.MPTCP == "none" {
+		list = append(list, "this kernel has no MPTCP: one uplink is used at a time")
+	}
+	for _, i := range s.LAN.Interfaces {
+		if !i.Present {
+			list = append(list, "LAN interface "+i.Name+" does not exist")
+		}
+	}
+	for _, u := range s.Uplinks {
+		if u.Mode != string(settings.Off) && (u.State == "absent" || u.State == "unfit") {
+			list = append(list, u.Name+": "+u.Reason)
+		}
+		if u.PlainTCP {
+			list = append(list, u.Name+": something on its path strips MPTCP, so sessions dialled over it do not join other uplinks")
+		}
+	}
+	return list
+}

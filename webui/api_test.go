@@ -1,0 +1,370 @@
+package webui
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"sheaf/daemon/control/settings"
+)
+
+// text is a settings text that holds under every rule of package settings.
+const text = `version: 1
+lan:
+  interfaces: [lan0]
+uplinks:
+  - {name: dsl, interface: wan1, mode: on, address: {method: existing}}
+multipath: {enabled: true, path_manager: fullmesh, scheduler: default, checksum: false, syn_retries: 2}
+when_tunnel_down: direct
+`
+
+var when = time.Date(2026, 3, 4, 5, 6, 7, 0, time.UTC)
+
+// fakeRouter answers with its fields and notes what it was asked.
+type fakeRouter struct {
+	status Status
+	err    error
+	hang   bool
+	asked  string
+}
+
+func (f *fakeRouter) answer(ctx context.Context, format string, args ...any) error {
+	f.asked = fmt.Sprintf(format, args...)
+	if f.hang {
+		<-ctx.Done()
+		return fmt.Errorf("wait for the kernel: %w", ctx.Err())
+	}
+	if f.err != nil && f.err.Error() == "panic" {
+		panic("out of order")
+	}
+	return f.err
+}
+
+func (f *fakeRouter) revision(s settings.Settings) settings.Revision {
+	return settings.Revision{Number: 7, Time: when, Author: "anna", Settings: s}
+}
+
+func (f *fakeRouter) Status(ctx context.Context) (Status, error) {
+	return f.status, f.answer(ctx, "status")
+}
+
+func (f *fakeRouter) Settings(ctx context.Context) (settings.Revision, error) {
+	s, err := settings.Parse([]byte(text))
+	return f.revision(s), errors.Join(err, f.answer(ctx, "settings"))
+}
+
+func (f *fakeRouter) Apply(ctx context.Context, s settings.Settings, author string) (settings.Revision, error) {
+	return f.revision(s), f.answer(ctx, "apply %s %s by %s", s.Uplinks[0].Name, s.Uplinks[0].Mode, author)
+}
+
+func (f *fakeRouter) SetUplinkMode(ctx context.Context, name string, mode settings.Mode, author string) (settings.Revision, error) {
+	return f.revision(settings.Settings{}), f.answer(ctx, "mode %s %s by %s", name, mode, author)
+}
+
+func (f *fakeRouter) Join(ctx context.Context, token string) (Joined, error) {
+	return Joined{Concentrator: "fra1", Address: "192.0.2.1:4443", Fingerprint: "f00d"}, f.answer(ctx, "join %s", token)
+}
+
+// socketPath returns a path short enough for a socket, which t.TempDir may not be.
+func socketPath(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "sheaf")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return filepath.Join(dir, "s")
+}
+
+// serve serves h on a unix socket for as long as the test runs.
+func serve(t *testing.T, h http.Handler) *Client {
+	t.Helper()
+	path := socketPath(t)
+	ln, err := ListenUnix(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- Serve(ctx, ln, h) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+	return NewClient(path)
+}
+
+type request struct {
+	method, path, contentType, accept, body string
+}
+
+// raw makes a request as somebody other than Client would.
+func raw(t *testing.T, c *Client, r request) (*http.Response, string) {
+	t.Helper()
+	req, err := http.NewRequest(r.method, "http://sheaf"+r.path, strings.NewReader(r.body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for k, v := range map[string]string{"Content-Type": r.contentType, "Accept": r.accept} {
+		if v != "" {
+			req.Header.Set(k, v)
+		}
+	}
+	res, err := c.http.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	body, err := io.ReadAll(res.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return res, string(body)
+}
+
+func quiet() *slog.Logger { return slog.New(slog.DiscardHandler) }
+
+func TestRouterEndpoints(t *testing.T) {
+	up := Status{Tunnel: TunnelStatus{State: "up"}}
+	for name, test := range map[string]struct {
+		request
+		router fakeRouter
+		status int
+		mime   string
+		asked  string
+		body   []string // parts of it
+	}{
+		"alive": {request: request{method: "GET", path: "/healthz"},
+			status: 200, mime: "application/json", body: []string{`"ok"`}},
+		"ready": {request: request{method: "GET", path: "/readyz"}, router: fakeRouter{status: up},
+			status: 200, mime: "application/json", asked: "status", body: []string{`"tunnel":"up"`}},
+		"ready when degraded": {request: request{method: "GET", path: "/readyz"},
+			router: fakeRouter{status: Status{Tunnel: TunnelStatus{State: "degraded"}}},
+			status: 200, mime: "application/json", asked: "status", body: []string{`"tunnel":"degraded"`}},
+		"not ready": {request: request{method: "GET", path: "/readyz"},
+			router: fakeRouter{status: Status{Tunnel: TunnelStatus{State: "down", Reason: "no uplink is fit"}}},
+			status: 503, mime: mimeProblem, asked: "status", body: []string{`"code":"tunnel_down"`, "no uplink is fit"}},
+		"not ready in a state never heard of": {request: request{method: "GET", path: "/readyz"},
+			status: 503, mime: mimeProblem, asked: "status", body: []string{`"code":"tunnel_down"`}},
+		"status": {request: request{method: "GET", path: "/api/v1/status"}, router: fakeRouter{status: up},
+			status: 200, mime: "application/json", asked: "status",
+			body: []string{`"state":"up"`, `"uplinks":[]`, `"problems":[]`, `"interfaces":[]`, `"available_schedulers":[]`, `"available_path_managers":[]`}},
+		"settings as JSON": {request: request{method: "GET", path: "/api/v1/settings"},
+			status: 200, mime: "application/json", asked: "settings",
+			body: []string{`"revision":7`, `"time":"2026-03-04T05:06:07Z"`, `"author":"anna"`, `"settings":{"version":1`, `"name":"dsl"`}},
+		"settings as JSON for a browser": {request: request{method: "GET", path: "/api/v1/settings", accept: "text/html,*/*"},
+			status: 200, mime: "application/json", asked: "settings"},
+		"settings as YAML": {request: request{method: "GET", path: "/api/v1/settings", accept: mimeYAML},
+			status: 200, mime: mimeYAML, asked: "settings", body: []string{"version: 1\n", "name: dsl"}},
+		"apply YAML": {request: request{method: "PUT", path: "/api/v1/settings", contentType: mimeYAML, body: text},
+			status: 200, mime: "application/json", asked: "apply dsl on by socket", body: []string{`"revision":7`}},
+		"apply JSON": {request: request{method: "PUT", path: "/api/v1/settings", contentType: "application/json; charset=utf-8",
+			body: strings.ReplaceAll(jsonText(t), "dsl", "lte")},
+			status: 200, mime: "application/json", asked: "apply lte on by socket", body: []string{`"revision":7`}},
+		"apply what the kernel does not have yet": {
+			request: request{method: "PUT", path: "/api/v1/settings", contentType: mimeYAML, body: text},
+			router:  fakeRouter{err: fmt.Errorf("apply: %w", &Pending{Reason: "wan1 is busy"})},
+			status:  202, mime: "application/json", asked: "apply dsl on by socket", body: []string{`"revision":7`, `"warning":"wan1 is busy"`}},
+		"apply what cannot be parsed": {
+			request: request{method: "PUT", path: "/api/v1/settings", contentType: mimeYAML, body: text + "no_such_key: 1\n"},
+			status:  422, mime: mimeProblem, body: []string{`"code":"settings_invalid"`, `"line":8`, "no_such_key"}},
+		"apply what the daemon refuses": {
+			request: request{method: "PUT", path: "/api/v1/settings", contentType: mimeYAML, body: text},
+			router:  fakeRouter{err: &settings.Invalid{Problems: []settings.Problem{{Line: 3, Path: "lan.interfaces[0]", Reason: "taken"}}}},
+			status:  422, mime: mimeProblem, asked: "apply dsl on by socket",
+			body: []string{`"type":"about:blank"`, `"title":"Unprocessable Entity"`, `"status":422`, `"problems":[{"line":3,"path":"lan.interfaces[0]","reason":"taken"}]`}},
+		"mode": {request: request{method: "PUT", path: "/api/v1/uplinks/lte/mode", contentType: "application/json", body: `{"mode":"backup"}`},
+			status: 200, mime: "application/json", asked: "mode lte backup by socket", body: []string{`"revision":7`}},
+		"mode of a name with a slash": {request: request{method: "PUT", path: "/api/v1/uplinks/a%2Fb/mode", contentType: "application/json", body: `{"mode":"off"}`},
+			status: 200, mime: "application/json", asked: "mode a/b off by socket"},
+		"mode of an unknown uplink": {request: request{method: "PUT", path: "/api/v1/uplinks/x/mode", contentType: "application/json", body: `{"mode":"on"}`},
+			router: fakeRouter{err: &Error{Code: CodeUplinkUnknown, Detail: "no uplink is named x"}},
+			status: 404, mime: mimeProblem, asked: "mode x on by socket", body: []string{`"code":"uplink_unknown"`, "no uplink is named x"}},
+		"unknown mode": {request: request{method: "PUT", path: "/api/v1/uplinks/lte/mode", contentType: "application/json", body: `{"mode":"fast"}`},
+			status: 400, mime: mimeProblem, body: []string{`"code":"bad_request"`, "fast"}},
+		"join": {request: request{method: "POST", path: "/api/v1/join", contentType: "application/json", body: `{"token":"abc"}`},
+			status: 200, mime: "application/json", asked: "join abc", body: []string{`{"concentrator":"fra1","address":"192.0.2.1:4443","fingerprint":"f00d"}`}},
+		"join without token": {request: request{method: "POST", path: "/api/v1/join", contentType: "application/json", body: `{}`},
+			status: 400, mime: mimeProblem, body: []string{`"code":"bad_request"`}},
+		"join with a used token": {request: request{method: "POST", path: "/api/v1/join", contentType: "application/json", body: `{"token":"abc"}`},
+			router: fakeRouter{err: fmt.Errorf("enrol: %w", &Error{Code: CodeTokenUsed, Detail: "ask for another"})},
+			status: 409, mime: mimeProblem, asked: "join abc", body: []string{`"code":"token_used"`}},
+		"join with nobody there": {request: request{method: "POST", path: "/api/v1/join", contentType: "application/json", body: `{"token":"abc"}`},
+			router: fakeRouter{err: &Error{Code: CodeConcentratorUnreachable}},
+			status: 502, mime: mimeProblem, asked: "join abc", body: []string{`"code":"concentrator_unreachable"`}},
+		"status chosen by the daemon": {request: request{method: "POST", path: "/api/v1/join", contentType: "application/json", body: `{"token":"abc"}`},
+			router: fakeRouter{err: &Error{Code: "of_its_own", Status: 418}},
+			status: 418, mime: mimeProblem, asked: "join abc", body: []string{`"code":"of_its_own"`, `"status":418`}},
+
+		"unknown field": {request: request{method: "POST", path: "/api/v1/join", contentType: "application/json", body: `{"token":"abc","force":true}`},
+			status: 400, mime: mimeProblem, body: []string{`"code":"bad_request"`, "force"}},
+		"two values": {request: request{method: "POST", path: "/api/v1/join", contentType: "application/json", body: `{"token":"abc"} {}`},
+			status: 400, mime: mimeProblem, body: []string{`"code":"bad_request"`}},
+		"wrong type of field": {request: request{method: "POST", path: "/api/v1/join", contentType: "application/json", body: `{"token":1}`},
+			status: 400, mime: mimeProblem, body: []string{`"code":"bad_request"`, "token"}},
+		"no body": {request: request{method: "POST", path: "/api/v1/join", contentType: "application/json"},
+			status: 400, mime: mimeProblem, body: []string{`"code":"bad_request"`}},
+		"a form": {request: request{method: "POST", path: "/api/v1/join", contentType: "text/plain", body: `{"token":"abc"}`},
+			status: 415, mime: mimeProblem, body: []string{`"code":"unsupported_media_type"`, "application/json"}},
+		"a body at the limit": {request: request{method: "PUT", path: "/api/v1/settings", contentType: mimeYAML, body: padded(text, maxBody)},
+			status: 200, mime: "application/json", asked: "apply dsl on by socket"},
+		"a body over the limit": {request: request{method: "PUT", path: "/api/v1/settings", contentType: mimeYAML, body: padded(text, maxBody+1)},
+			status: 413, mime: mimeProblem, body: []string{`"code":"body_too_large"`, "1048576"}},
+		"nothing there": {request: request{method: "GET", path: "/api/v1/nothing"},
+			status: 404, mime: mimeProblem, body: []string{`"code":"not_found"`, "/api/v1/nothing"}},
+		"no such method": {request: request{method: "DELETE", path: "/api/v1/status"},
+			status: 405, mime: mimeProblem, body: []string{`"code":"method_not_allowed"`}},
+		"not of this daemon": {request: request{method: "GET", path: "/api/v1/routers"},
+			status: 404, mime: mimeProblem, body: []string{`"code":"not_found"`}},
+		"what JSON has no words for": {request: request{method: "GET", path: "/api/v1/status"},
+			router: fakeRouter{status: Status{Uplinks: []UplinkStatus{{Loss: new(math.NaN())}}}},
+			status: 500, mime: mimeProblem, asked: "status", body: []string{`"code":"internal"`}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			client := serve(t, NewRouterHandler(&test.router, quiet()))
+			res, body := raw(t, client, test.request)
+			mime, _, _ := strings.Cut(res.Header.Get("Content-Type"), ";")
+			if res.StatusCode != test.status || mime != test.mime {
+				t.Errorf("got %d %s, want %d %s\n%s", res.StatusCode, mime, test.status, test.mime, body)
+			}
+			if test.router.asked != test.asked {
+				t.Errorf("the router was asked %q, want %q", test.router.asked, test.asked)
+			}
+			for _, part := range test.body {
+				if !strings.Contains(body, part) {
+					t.Errorf("%s\nis not in\n%s", part, body)
+				}
+			}
+		})
+	}
+}
+
+// jsonText is text in JSON, in one line.
+func jsonText(t *testing.T) string {
+	t.Helper()
+	s, err := settings.Parse([]byte(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := json.Marshal(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
+func padded(s string, size int) string {
+	return s + "#" + strings.Repeat("x", size-len(s)-1)
+}
+
+// What the daemon did not mean for the operator goes to the log and not further.
+func TestFailuresAreLoggedNotTold(t *testing.T) {
+	for name, test := range map[string]struct {
+		router fakeRouter
+		status int
+		code   string
+		logged string
+	}{
+		"unknown error": {fakeRouter{err: errors.New("bbolt: page 3 is secret")}, 500, CodeInternal, "page 3 is secret"},
+		"panic":         {fakeRouter{err: errors.New("panic")}, 500, CodeInternal, "out of order"},
+		"timeout":       {fakeRouter{hang: true}, 504, CodeTimeout, "wait for the kernel"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var log bytes.Buffer
+			client := serve(t, newRouterHandler(&test.router, slog.New(slog.NewTextHandler(&log, nil)), 50*time.Millisecond))
+			_, err := client.Status(t.Context())
+			var coded *Error
+			if !errors.As(err, &coded) || coded.Code != test.code || coded.Status != test.status {
+				t.Fatalf("got %#v, want code %s with status %d", err, test.code, test.status)
+			}
+			if strings.Contains(err.Error(), test.logged) {
+				t.Errorf("the client was told %q", err)
+			}
+			if !strings.Contains(log.String(), test.logged) {
+				t.Errorf("%q is not in the log:\n%s", test.logged, log.String())
+			}
+		})
+	}
+}
+
+// The client is the other end of every endpoint: what goes in comes out.
+func TestClient(t *testing.T) {
+	ctx := t.Context()
+	want := Status{Version: "1.2", Tunnel: TunnelStatus{State: "up", Flows: 3},
+		Uplinks:   []UplinkStatus{{Name: "dsl", RTTMs: new(12.5)}},
+		Problems:  []string{"a problem"},
+		LAN:       LANStatus{Interfaces: []InterfaceStatus{{Name: "lan0", Present: true}}},
+		Multipath: MultipathStatus{AvailableSchedulers: []string{"default"}, AvailablePathManagers: []string{"fullmesh"}}}
+	router := &fakeRouter{status: want}
+	c := serve(t, NewRouterHandler(router, quiet()))
+
+	status, err := c.Status(ctx)
+	check(t, err, status, want)
+
+	parsed, err := settings.Parse([]byte(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	rev := Revision{Number: 7, Time: when, Author: "anna", Settings: parsed}
+	got, err := c.Settings(ctx)
+	check(t, err, got, rev)
+	got, err = c.Apply(ctx, []byte(text))
+	check(t, err, got, rev)
+	got, err = c.SetUplinkMode(ctx, "a/b c", settings.Backup)
+	check(t, err, got, Revision{Number: 7, Time: when, Author: "anna"})
+	check(t, nil, router.asked, "mode a/b c backup by socket")
+	joined, err := c.Join(ctx, "abc")
+	check(t, err, joined, Joined{Concentrator: "fra1", Address: "192.0.2.1:4443", Fingerprint: "f00d"})
+
+	router.err = &Pending{Reason: "wan1 is busy"}
+	got, err = c.Apply(ctx, []byte(text))
+	rev.Warning = "wan1 is busy"
+	check(t, err, got, rev)
+
+	problems := []settings.Problem{{Line: 3, Path: "lan", Reason: "taken"}, {Reason: "too many"}}
+	router.err = &settings.Invalid{Problems: problems}
+	_, err = c.Apply(ctx, []byte(text))
+	var invalid *settings.Invalid
+	if !errors.As(err, &invalid) {
+		t.Fatalf("got %#v, want *settings.Invalid", err)
+	}
+	check(t, nil, invalid.Problems, problems)
+
+	router.err = &Error{Code: CodeTokenExpired, Detail: "expired at noon"}
+	_, err = c.Join(ctx, "abc")
+	var coded *Error
+	if !errors.As(err, &coded) {
+		t.Fatalf("got %#v, want *Error", err)
+	}
+	check(t, nil, *coded, Error{Code: CodeTokenExpired, Status: 410, Detail: "expired at noon"})
+	check(t, nil, err.Error(), "expired at noon")
+
+	router.asked = ""
+	if _, err = c.Apply(ctx, make([]byte, maxBody+1)); err == nil || router.asked != "" {
+		t.Errorf("settings over the limit: got %v, and the router was asked %q", err, router.asked)
+	}
+}
+
+func check(t *testing.T, err error, got, want any) {
+	t.Helper()
+	if err != nil {
+		t.Error(err)
+	} else if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("-want +got:\n%s", diff)
+	}
+}

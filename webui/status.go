@@ -1,0 +1,105 @@
+package webui
+
+// Status is the body of GET /api/v1/status. Its fields are those of the public
+// contract: units are in the names, and absent measurements are null.
+type Status struct {
+	Version      string             `json:"version"`
+	Tunnel       TunnelStatus       `json:"tunnel"`
+	Uplinks      []UplinkStatus     `json:"uplinks"`
+	Multipath    MultipathStatus    `json:"multipath"`
+	Kernel       KernelStatus       `json:"kernel"`
+	Concentrator ConcentratorStatus `json:"concentrator"`
+	LAN          LANStatus          `json:"lan"`
+	Settings     SettingsStatus     `json:"settings"`
+	// Problems are sentences an operator should read, most serious first.
+	Problems []string `json:"problems"`
+}
+
+// TunnelStatus tells whether LAN traffic reaches the concentrator.
+type TunnelStatus struct {
+	// State is up (every uplink that is on carries subflows), degraded (traffic
+	// flows, but not over all of them) or down.
+	State  string `json:"state"`
+	Reason string `json:"reason"`
+	// Flows is the number of LAN connections in the tunnel now.
+	Flows int `json:"flows"`
+	// DirectFlows is the number of LAN connections that left without the
+	// tunnel, because it was down when they began.
+	DirectFlows int `json:"direct_flows"`
+}
+
+// UplinkStatus is one uplink as it is now.
+type UplinkStatus struct {
+	Name      string `json:"name"`
+	Interface string `json:"interface"`
+	Mode      string `json:"mode"`  // on, off, backup
+	State     string `json:"state"` // carrying, standby, unfit, absent, off
+	Reason    string `json:"reason"`
+	Address   string `json:"address"` // source address, empty without one
+	Gateway   string `json:"gateway"`
+	// RTTMs is the smoothed round-trip time of its subflows, in milliseconds.
+	RTTMs *float64 `json:"rtt_ms"`
+	// Loss is the share of segments sent again lately, 0 to 1.
+	Loss    *float64 `json:"loss"`
+	RxBps   uint64   `json:"rx_bps"` // bits per second received by the interface
+	TxBps   uint64   `json:"tx_bps"`
+	RxBytes uint64   `json:"rx_bytes"`
+	TxBytes uint64   `json:"tx_bytes"`
+	// Subflows is the number of MPTCP subflows of live sessions on this uplink.
+	Subflows int `json:"subflows"`
+	// PlainTCP says that sessions over this uplink fell back to plain TCP:
+	// something on the path strips MPTCP.
+	PlainTCP bool `json:"plain_tcp"`
+}
+
+// MultipathStatus sets what the operator wants beside what the kernel does.
+type MultipathStatus struct {
+	Wanted MultipathValues `json:"wanted"`
+	Kernel MultipathValues `json:"kernel"`
+	// Available lists what the running kernel offers.
+	AvailableSchedulers   []string `json:"available_schedulers"`
+	AvailablePathManagers []string `json:"available_path_managers"`
+}
+
+// MultipathValues are the multipath settings of one side.
+type MultipathValues struct {
+	Enabled     bool   `json:"enabled"`
+	PathManager string `json:"path_manager"`
+	Scheduler   string `json:"scheduler"`
+	Checksum    bool   `json:"checksum"`
+	SYNRetries  int    `json:"syn_retries"`
+}
+
+// KernelStatus tells what the running kernel can do.
+type KernelStatus struct {
+	Release string `json:"release"`
+	MPTCP   string `json:"mptcp"` // upstream, v0.9x, none
+}
+
+// ConcentratorStatus is the far end.
+type ConcentratorStatus struct {
+	Name string `json:"name"`
+	// Address is the one in use, host:port; empty before joining.
+	Address string `json:"address"`
+	// Fingerprint is of the concentrator's pinned key.
+	Fingerprint string `json:"fingerprint"`
+	// Sessions counts authenticated sessions, idle ones in the pool included.
+	Sessions     int `json:"sessions"`
+	IdleSessions int `json:"idle_sessions"`
+}
+
+// LANStatus is the side of the clients.
+type LANStatus struct {
+	Interfaces []InterfaceStatus `json:"interfaces"`
+}
+
+// InterfaceStatus is one LAN interface.
+type InterfaceStatus struct {
+	Name    string `json:"name"`
+	Present bool   `json:"present"`
+}
+
+// SettingsStatus names the revision in force.
+type SettingsStatus struct {
+	Revision uint64 `json:"revision"`
+}
