@@ -95,7 +95,11 @@ func withBond(lab *netlab.Lab, binaries string, f func(*deploy.Deployment) error
 		text, _ := os.ReadFile(log.Name())
 		return fmt.Errorf("%w\n%s", err, text)
 	}
-	return errors.Join(f(d), d.Stop())
+	if err := errors.Join(f(d), d.Stop()); err != nil {
+		text, _ := os.ReadFile(log.Name())
+		return fmt.Errorf("%w\n%s", err, text)
+	}
+	return nil
 }
 
 // benchShaped moves 80 MB over the demo's uplinks.

@@ -35,7 +35,7 @@ import (
 const (
 	// clientPatience is how long a LAN connection waits for the tunnel before
 	// it is reset.
-	clientPatience = 10 * time.Second
+	clientPatience = 30 * time.Second
 	// syncTime bounds how long Apply waits for the kernel to follow.
 	syncTime = 10 * time.Second
 	// joinTime bounds one attempt to enrol.

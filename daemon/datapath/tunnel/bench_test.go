@@ -1,8 +1,10 @@
 package tunnel
 
 import (
+	"context"
 	"io"
 	"net"
+	"net/netip"
 	"testing"
 )
 
@@ -29,5 +31,19 @@ func BenchmarkDownload(b *testing.B) {
 		}
 		_ = client.Close()
 		<-result
+	}
+}
+
+// BenchmarkDial opens sessions one after the other, both ends in one process.
+func BenchmarkDial(b *testing.B) {
+	bond := newBond(b)
+	bond.pool.SetPeer(nil)
+	peer := bond.enrolledPeer()
+	for b.Loop() {
+		s, err := peer.dial(context.Background(), netip.Addr{}, bond.address)
+		if err != nil {
+			b.Fatal(err)
+		}
+		s.Close()
 	}
 }

@@ -116,6 +116,22 @@ func (s *socket) read(from, limit int) (b *buffer, n int, err error) {
 	return b, s.n, nil
 }
 
+// readShort is read for a source whose end should travel with its last bytes:
+// having read less than limit, it looks once more, and also says whether the
+// end has been seen.
+func (s *socket) readShort(from, limit int) (b *buffer, n int, end bool, err error) {
+	b, n, err = s.read(from, limit)
+	if err != nil || n == limit {
+		return b, n, false, err
+	}
+	controlErr := s.raw.Control(func(fd uintptr) {
+		more, err := unix.Read(int(fd), b.data[from+n:from+limit])
+		end = err == nil && more == 0
+		n += max(more, 0) // an error is met again by the next read
+	})
+	return b, n, end && controlErr == nil, nil
+}
+
 // waitWritable waits until the kernel has room for more of our bytes, so that
 // the ones to be written next need not be held meanwhile.
 func (s *socket) waitWritable() error { return s.raw.Write(s.writeReady) }

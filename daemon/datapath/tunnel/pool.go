@@ -17,9 +17,10 @@ const (
 	minIdle = 8
 	maxIdle = 64
 	// maxDialling bounds the handshakes under way at once.
-	maxDialling = 64
+	maxDialling = 32
 	// hedgeAfter is how long a dial over one path may take before the next path
-	// is tried beside it.
+	// is tried beside it, unless others get through: then it is our machine or
+	// the concentrator's that is slow.
 	hedgeAfter = 400 * time.Millisecond
 	// A path whose dial failed is left alone for minRetry, doubled up to maxRetry.
 	minRetry = 250 * time.Millisecond
@@ -32,6 +33,11 @@ const (
 	// the pool moves to it: the kernel's scheduler prefers a session's first
 	// subflow, so where a session was dialled from decides its latency.
 	betterBy = 0.8
+
+	// rest is how long a session should have been idle. Until the last bytes of
+	// its last flow are acknowledged, which takes a round trip and the peer's
+	// delayed acknowledgement, the kernel's scheduler avoids the first subflow.
+	rest = 150 * time.Millisecond
 
 	maintainEvery = 500 * time.Millisecond
 )
@@ -72,12 +78,14 @@ type Pool struct {
 type pooled struct {
 	*Session
 	peer   *Peer
-	path   string // empty once the path it was dialled from is gone
-	pinged bool   // a ping is under way
+	path   string    // empty once the path it was dialled from is gone
+	pinged bool      // a ping is under way
+	used   time.Time // when its last flow ended
 }
 
 // trouble is the recent failures of one path.
 type trouble struct {
+	reached  time.Time // the last success
 	failures int
 	until    time.Time // not dialled before
 	err      error
@@ -179,13 +187,7 @@ func (p *Pool) Get(ctx context.Context) (*Session, error) {
 	p.mu.Lock()
 	p.opened++
 	for len(p.idle) > 0 {
-		at := len(p.idle) - 1
-		for i := at; i >= 0; i-- {
-			if p.idle[i].path == p.best {
-				at = i
-				break
-			}
-		}
+		at := p.choose(time.Now())
 		s := p.idle[at]
 		p.idle = slices.Delete(p.idle, at, at+1)
 		if isClosed(s.done) {
@@ -223,6 +225,22 @@ func (p *Pool) Get(ctx context.Context) (*Session, error) {
 	}
 }
 
+// choose picks an idle session: one dialled from the best path, rested, and of
+// those the one used last.
+func (p *Pool) choose(now time.Time) int {
+	at := -1
+	for i, s := range slices.Backward(p.idle) {
+		if s.path != p.best {
+			continue
+		}
+		at = i // so far the longest rested
+		if now.Sub(s.used) > rest {
+			return i
+		}
+	}
+	return max(at, 0)
+}
+
 // Put takes a session back after its flow.
 func (p *Pool) Put(s *Session) {
 	p.mu.Lock()
@@ -236,6 +254,7 @@ func (p *Pool) Put(s *Session) {
 		go s.Close()
 		return
 	}
+	known.used = time.Now()
 	p.offer(known)
 }
 
@@ -473,6 +492,10 @@ func (p *Pool) dialOne(ctx context.Context, peer *Peer, ranked []Path) {
 	for won == nil && ended < len(list) {
 		select {
 		case <-hedge.C:
+			if started > 0 && p.reachedSince(list[started-1].path.Name, begun) && started > ended {
+				hedge.Reset(hedgeAfter)
+				break
+			}
 			if started < len(list) {
 				a := list[started]
 				started++
@@ -493,7 +516,7 @@ func (p *Pool) dialOne(ctx context.Context, peer *Peer, ranked []Path) {
 		}
 	}
 	cancel()
-	if won != nil && won.path.Name != list[0].path.Name && time.Since(begun) > hedgeAfter {
+	if won != nil && won.path.Name != list[0].path.Name && time.Since(begun) > hedgeAfter && !p.reachedSince(list[0].path.Name, begun) {
 		p.failed(list[0].path.Name, fmt.Errorf("no answer from %s, from %s, within %v", list[0].address, list[0].source, time.Since(begun).Round(time.Millisecond)))
 	}
 	if won == nil {
@@ -517,6 +540,14 @@ func (p *Pool) dialOne(ctx context.Context, peer *Peer, ranked []Path) {
 		}
 	}()
 	p.add(won.session, won.path.Name, peer)
+}
+
+// reachedSince says whether a dial over the path has succeeded since then.
+func (p *Pool) reachedSince(path string, then time.Time) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	t := p.trouble[path]
+	return t != nil && t.reached.After(then)
 }
 
 func (p *Pool) failed(path string, err error) {
@@ -559,7 +590,7 @@ func (p *Pool) add(s *Session, path string, peer *Peer) {
 		t = new(trouble)
 		p.trouble[path] = t
 	}
-	*t = trouble{plain: t.plain, fellBack: t.fellBack}
+	*t = trouble{reached: time.Now(), plain: t.plain, fellBack: t.fellBack}
 	if peer.Multipath && !s.multipath {
 		if t.fellBack++; t.fellBack < plainInARow {
 			p.mu.Unlock()

@@ -197,7 +197,7 @@ func (f *flow) pump(opening []byte) {
 		if len(opening) > 0 {
 			_ = f.local.conn.SetReadDeadline(time.Now().Add(firstPayload))
 		}
-		b, n, err := f.local.read(headroom, limit)
+		b, n, end, err := f.local.readShort(headroom, limit)
 		if len(opening) > 0 {
 			_ = f.local.conn.SetReadDeadline(time.Time{})
 			if b == nil {
@@ -215,7 +215,7 @@ func (f *flow) pump(opening []byte) {
 		switch {
 		case b != nil:
 			moved += n
-			if !f.sendData(b, n, opening, record) {
+			if !f.sendData(b, n, opening, record, end) || end {
 				return
 			}
 			opening = nil
@@ -230,8 +230,9 @@ func (f *flow) pump(opening []byte) {
 	}
 }
 
-// sendData sends the n bytes at b.data[headroom:], after opening if there is one.
-func (f *flow) sendData(b *buffer, n int, opening []byte, record int) bool {
+// sendData sends the n bytes at b.data[headroom:], after opening if there is one
+// and followed by END if that is all.
+func (f *flow) sendData(b *buffer, n int, opening []byte, record int, end bool) bool {
 	from := headroom - frameHeader
 	putHeader(b.data[from:], frameData, n)
 	from -= len(opening)
@@ -244,7 +245,13 @@ func (f *flow) sendData(b *buffer, n int, opening []byte, record int) bool {
 		return false
 	}
 	s.sent.Add(uint64(n))
-	return s.sendBuffer(b, from, headroom+n, record) == nil
+	to := headroom + n
+	if end {
+		f.sentEnd = true
+		putHeader(b.data[to:], frameEnd, 0)
+		to += frameHeader
+	}
+	return s.sendBuffer(b, from, to, record) == nil
 }
 
 // FlowAbortedError says why a flow ended before its time.

@@ -216,6 +216,7 @@ func TestFlowsEchoBothWaysAndReuseTheirSession(t *testing.T) {
 		if err := await(t, result, "relay"); err != nil {
 			t.Fatalf("%d bytes: %v", size, err)
 		}
+		time.Sleep(rest + 50*time.Millisecond)
 	}
 	most := uint32(0)
 	b.pool.mu.Lock()

@@ -91,9 +91,10 @@ func (d *Deployment) Settings(token string) string {
 	return b.String()
 }
 
-// StartRouter starts sheafd; settings, if not empty, is the text of --settings.
-func (d *Deployment) StartRouter(settings string) error {
-	arguments := []string{"run", "--state-dir", filepath.Join(d.Dir, "router"), "--socket", d.Socket()}
+// StartRouter starts sheafd with further arguments; settings, if not empty, is
+// the text of --settings.
+func (d *Deployment) StartRouter(settings string, further ...string) error {
+	arguments := append([]string{"run", "--state-dir", filepath.Join(d.Dir, "router"), "--socket", d.Socket()}, further...)
 	if settings != "" {
 		file, err := d.File("settings.yaml", settings)
 		if err != nil {
