@@ -72,6 +72,9 @@ func newSession(conn *net.TCPConn) (*Session, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := w.tune(); err != nil {
+		return nil, err
+	}
 	multipath, err := conn.MultipathTCP()
 	if err != nil {
 		return nil, err
