@@ -136,7 +136,7 @@ func Serve(ctx context.Context, ln net.Listener, h http.Handler) error {
 	grace, stop := context.WithTimeout(base, shutdownGrace)
 	defer stop()
 	if srv.Shutdown(grace) != nil {
-		srv.Close()
+		_ = srv.Close()
 	}
 	<-served
 	return nil

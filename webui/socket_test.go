@@ -230,11 +230,13 @@ func TestClientOfSomethingElse(t *testing.T) {
 		handler http.HandlerFunc
 		want    string
 	}{
-		"hangs up":         {func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, "hung up"},
-		"another server":   {http.NotFound, "404 Not Found"},
-		"not JSON":         {func(w http.ResponseWriter, _ *http.Request) { w.Write([]byte("hello")) }, "right daemon"},
-		"endless answer":   {func(w http.ResponseWriter, _ *http.Request) { w.Write(make([]byte, maxAnswer+1)) }, "longer than"},
-		"redirect to self": {func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, r.URL.Path, 307) }, "307 Temporary"},
+		"hangs up":       {func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, "hung up"},
+		"another server": {http.NotFound, "404 Not Found"},
+		"not JSON":       {func(w http.ResponseWriter, _ *http.Request) { w.Write([]byte("hello")) }, "right daemon"},
+		"endless answer": {func(w http.ResponseWriter, _ *http.Request) { w.Write(make([]byte, maxAnswer+1)) }, "longer than"},
+		"redirect to self": {func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, r.URL.Path, http.StatusTemporaryRedirect)
+		}, "307 Temporary"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := serve(t, test.handler).Status(t.Context())

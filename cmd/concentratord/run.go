@@ -120,7 +120,7 @@ func tokenCommand(config *concentrator.Config, noArgs cobra.PositionalArgs) *cob
 		Short: "Print a one-time enrolment token for one router",
 		Args:  noArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
-			return withState(c.Context(), config.StateDir, true, func(do commands) error {
+			return withState(config.StateDir, true, func(do commands) error {
 				token, err := do.CreateToken(c.Context(), name, addresses, validity)
 				if err == nil {
 					_, err = fmt.Fprintln(c.OutOrStdout(), token)
@@ -150,7 +150,7 @@ func routersCommand(config *concentrator.Config, noArgs cobra.PositionalArgs) *c
 			if output != "text" && output != "json" {
 				return usageError{fmt.Errorf("-o %q: want text or json", output)}
 			}
-			return withState(c.Context(), config.StateDir, false, func(do commands) error {
+			return withState(config.StateDir, false, func(do commands) error {
 				routers, err := do.Routers(c.Context())
 				if err != nil {
 					return err
@@ -175,7 +175,7 @@ func routersCommand(config *concentrator.Config, noArgs cobra.PositionalArgs) *c
 			return nil
 		},
 		RunE: func(c *cobra.Command, args []string) error {
-			return withState(c.Context(), config.StateDir, false, func(do commands) error {
+			return withState(config.StateDir, false, func(do commands) error {
 				return do.RemoveRouter(c.Context(), args[0])
 			})
 		},
@@ -200,7 +200,7 @@ func printRouters(w io.Writer, routers []webui.EnrolledRouter) error {
 // withState runs do against the daemon on the state directory, or against the
 // directory itself when no daemon runs on it. make says whether a directory
 // that does not exist yet may be made.
-func withState(ctx context.Context, stateDir string, mayMake bool, do func(commands) error) error {
+func withState(stateDir string, mayMake bool, do func(commands) error) error {
 	socket := concentrator.SocketPath(stateDir)
 	err := do(webui.NewClient(socket))
 	if !errors.Is(err, webui.ErrUnreachable) {

@@ -127,7 +127,7 @@ func benchShaped(ctx context.Context, binaries string) error {
 	}
 	return withLab(netlab.Config{Uplinks: uplinks, Seed: 1}, func(lab *netlab.Lab) error {
 		for _, upload := range []bool{false, true} {
-			if err := show("best uplink alone", upload, dialer(lab.LAN, false)); err != nil {
+			if err := show("best uplink alone", upload, dialer(lab.LAN)); err != nil {
 				return err
 			}
 		}
@@ -144,8 +144,8 @@ func benchShaped(ctx context.Context, binaries string) error {
 		}
 		return withBond(lab, binaries, func(*deploy.Deployment) error {
 			return errors.Join(
-				show("Sheaf", false, dialer(lab.LAN, false)),
-				show("Sheaf", true, dialer(lab.LAN, false)))
+				show("Sheaf", false, dialer(lab.LAN)),
+				show("Sheaf", true, dialer(lab.LAN)))
 		})
 	})
 }
@@ -204,12 +204,12 @@ func benchSmall(ctx context.Context, binaries string) error {
 		return median(times), nil
 	}
 	return withLab(netlab.Config{Uplinks: uplinks, Seed: 1}, func(lab *netlab.Lab) error {
-		alone, err := fetch(dialer(lab.LAN, false))
+		alone, err := fetch(dialer(lab.LAN))
 		if err != nil {
 			return err
 		}
 		return withBond(lab, binaries, func(*deploy.Deployment) error {
-			bonded, err := fetch(dialer(lab.LAN, false))
+			bonded, err := fetch(dialer(lab.LAN))
 			if err != nil {
 				return err
 			}
@@ -235,7 +235,7 @@ func benchMany(ctx context.Context, binaries string) error {
 			}()
 			opening, octx := errgroup.WithContext(ctx)
 			opening.SetLimit(200)
-			dial := dialer(lab.LAN, false)
+			dial := dialer(lab.LAN)
 			for i := range connections {
 				opening.Go(func() (err error) { connections[i], err = dial(octx); return err })
 			}
@@ -284,7 +284,7 @@ func benchMany(ctx context.Context, binaries string) error {
 func benchUnshaped(ctx context.Context, binaries string) error {
 	fmt.Printf("One TCP connection, %.0f GB, unshaped uplinks; client, server and both daemons on this machine; best of %d.\n\n", unshapedSize/1e9, unshapedRuns)
 	return withLab(netlab.Config{Uplinks: make([]netlab.Shape, len(uplinks)), Unshaped: true}, func(lab *netlab.Lab) error {
-		samples, err := transfer(ctx, dialer(lab.LAN, false), false, unshapedSize)
+		samples, err := transfer(ctx, dialer(lab.LAN), false, unshapedSize)
 		if err != nil {
 			return err
 		}
@@ -298,7 +298,7 @@ func benchUnshaped(ctx context.Context, binaries string) error {
 					if err != nil {
 						return err
 					}
-					samples, err := transfer(ctx, dialer(lab.LAN, false), upload, unshapedSize)
+					samples, err := transfer(ctx, dialer(lab.LAN), upload, unshapedSize)
 					if err != nil {
 						return err
 					}

@@ -39,31 +39,38 @@ func payloadLimit(shapes []netlab.Shape) float64 {
 }
 
 func main() {
+	os.Exit(run(os.Args[1:]))
+}
+
+func run(args []string) int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	executable, err := os.Executable()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "netlab:", err)
-		os.Exit(1)
+		return 1
 	}
 	binaries := filepath.Dir(executable)
 	root := &cobra.Command{Use: "netlab", Short: "Show and measure Sheaf in network namespaces", SilenceUsage: true, SilenceErrors: true}
 	root.PersistentFlags().StringVar(&binaries, "binaries", binaries, "directory of sheafd, sheafctl and concentratord")
-	var demoOptions demoOptions
-	demo := &cobra.Command{Use: "demo", Short: "Watch a download over one uplink, over all, and while one is pulled", Args: cobra.NoArgs,
-		RunE: func(c *cobra.Command, _ []string) error { return demo(c.Context(), binaries, demoOptions) }}
-	demo.Flags().IntVar(&demoOptions.megabytes, "megabytes", 60, "size of each download")
-	demo.Flags().BoolVar(&demoOptions.hold, "hold", false, "keep the lab up until Ctrl-C")
+	var options demoOptions
+	demoCommand := &cobra.Command{Use: "demo", Short: "Watch a download over one uplink, over all, and while one is pulled", Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error { return demo(c.Context(), binaries, options) }}
+	demoCommand.Flags().IntVar(&options.megabytes, "megabytes", 60, "size of each download")
+	demoCommand.Flags().BoolVar(&options.hold, "hold", false, "keep the lab up until Ctrl-C")
 	var only string
-	bench := &cobra.Command{Use: "bench", Short: "Measure", Args: cobra.NoArgs,
+	benchCommand := &cobra.Command{Use: "bench", Short: "Measure", Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error { return bench(c.Context(), binaries, only) }}
-	bench.Flags().StringVar(&only, "only", "", "one part: shaped, small, many or unshaped")
-	root.AddCommand(demo, bench)
-	if err := root.ExecuteContext(ctx); err != nil {
-		if errors.Is(err, context.Canceled) && ctx.Err() != nil {
-			os.Exit(130)
-		}
-		fmt.Fprintln(os.Stderr, "netlab:", err)
-		os.Exit(1)
+	benchCommand.Flags().StringVar(&only, "only", "", "one part: shaped, small, many or unshaped")
+	root.AddCommand(demoCommand, benchCommand)
+	root.SetArgs(args)
+	err = root.ExecuteContext(ctx)
+	switch {
+	case err == nil:
+		return 0
+	case errors.Is(err, context.Canceled) && ctx.Err() != nil:
+		return 130
 	}
+	fmt.Fprintln(os.Stderr, "netlab:", err)
+	return 1
 }

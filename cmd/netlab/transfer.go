@@ -188,12 +188,9 @@ func rates(samples []sample) (whole, steady float64) {
 }
 
 // dialer returns a function that connects from a host to the transfer server.
-func dialer(h *netlab.Host, multipath bool) func(context.Context) (net.Conn, error) {
+func dialer(h *netlab.Host) func(context.Context) (net.Conn, error) {
 	address := fmt.Sprintf("%s:%d", netlab.ServerAddress, transferPort)
 	return func(ctx context.Context) (net.Conn, error) {
-		if multipath {
-			return h.DialMultipath(ctx, "tcp", address)
-		}
 		return h.Dial(ctx, "tcp", address)
 	}
 }

@@ -59,7 +59,7 @@ func Run(ctx context.Context, c Config) error {
 		return err
 	}
 	defer func() { _ = socket.Close() }()
-	listeners, err := listen(ctx, c.Listen, c.Log)
+	listeners, err := listen(ctx, c.Listen)
 	if err != nil {
 		return err
 	}
@@ -79,7 +79,7 @@ func Run(ctx context.Context, c Config) error {
 
 	c.Log.Info("concentrator ready", "listen", c.Listen, "key", store.Identity().PublicKey().Fingerprint(), "routers", len(store.Routers()))
 	work, ctx := errgroup.WithContext(ctx)
-	work.Go(func() error { return con.server.Serve(ctx, listeners...) })
+	work.Go(func() error { con.server.Serve(ctx, listeners...); return nil })
 	work.Go(func() error { return webui.Serve(ctx, socket, webui.NewConcentratorHandler(con, c.Log)) })
 	return work.Wait()
 }
@@ -92,7 +92,7 @@ var resetReasons = map[egress.Failure]tunnel.ResetReason{
 	egress.Limited:     tunnel.ResetLimit,
 }
 
-func listen(ctx context.Context, addresses []string, log *slog.Logger) ([]net.Listener, error) {
+func listen(ctx context.Context, addresses []string) ([]net.Listener, error) {
 	config := net.ListenConfig{}
 	config.SetMultipathTCP(true)
 	var listeners []net.Listener

@@ -228,7 +228,7 @@ func readMultipath() ([]string, error) {
 	if err != nil {
 		return nil, fmt.Errorf("MPTCP: %w", err)
 	}
-	defer connection.Close()
+	defer func() { _ = connection.Close() }()
 	family, err := connection.GetFamily(mptcpFamily)
 	if errors.Is(err, os.ErrNotExist) {
 		return []string{"mptcp is not in this kernel"}, nil

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"go.etcd.io/bbolt"
+	bbolterrors "go.etcd.io/bbolt/errors"
 
 	"sheaf/daemon/control/settings"
 	"sheaf/daemon/datapath/tunnel"
@@ -48,7 +49,7 @@ func openState(dir string) (*state, error) {
 	}
 	path := filepath.Join(dir, "state.db")
 	db, err := bbolt.Open(path, 0o600, &bbolt.Options{Timeout: time.Second})
-	if errors.Is(err, bbolt.ErrTimeout) {
+	if errors.Is(err, bbolterrors.ErrTimeout) {
 		return nil, fmt.Errorf("%s is in use: another sheafd runs on this state directory", path)
 	}
 	if err != nil {

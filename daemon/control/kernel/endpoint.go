@@ -83,7 +83,7 @@ func (k *Kernel) openMPTCP() error {
 	}
 	family, err := conn.GetFamily(mptcpFamily)
 	if err != nil {
-		conn.Close()
+		_ = conn.Close()
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil // a kernel without upstream MPTCP
 		}
@@ -92,7 +92,7 @@ func (k *Kernel) openMPTCP() error {
 	// The kernel then says in words why it refuses something. One that cannot
 	// (before 4.12) has no MPTCP either.
 	if err := conn.SetOption(netlink.ExtendedAcknowledge, true); err != nil {
-		conn.Close()
+		_ = conn.Close()
 		return fmt.Errorf("ask netlink for extended answers: %w", err)
 	}
 	k.mptcp, k.family = conn, family

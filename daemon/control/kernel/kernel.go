@@ -53,7 +53,7 @@ func New() (_ *Kernel, err error) {
 	k := &Kernel{changed: make(chan struct{}, 1), closed: make(chan struct{})}
 	defer func() {
 		if err != nil {
-			k.Close()
+			_ = k.Close()
 		}
 	}()
 	if k.namespace, err = os.Open("/proc/thread-self/ns/net"); err != nil {
@@ -84,10 +84,10 @@ func (k *Kernel) Close() error {
 	}
 	k.watches.Wait()
 	if k.sysctls != nil {
-		k.sysctls.Close()
+		_ = k.sysctls.Close()
 	}
 	if k.mptcp != nil {
-		k.mptcp.Close()
+		_ = k.mptcp.Close()
 	}
 	if k.routing != nil {
 		k.routing.Close()

@@ -75,21 +75,13 @@ func NewServer(id *Identity, admission Admission, dial DialFunc, log *slog.Logge
 }
 
 // Serve accepts sessions until ctx ends, and then closes them all.
-func (v *Server) Serve(ctx context.Context, listeners ...net.Listener) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
+func (v *Server) Serve(ctx context.Context, listeners ...net.Listener) {
 	var workers sync.WaitGroup
-	failed := make(chan error, len(listeners))
 	for _, l := range listeners {
-		workers.Go(func() { failed <- v.accept(ctx, l) })
+		workers.Go(func() { v.accept(ctx, l) })
 	}
 	workers.Go(func() { v.sweep(ctx) })
-	var err error
-	select {
-	case <-ctx.Done():
-	case err = <-failed:
-		cancel()
-	}
+	<-ctx.Done()
 	for _, l := range listeners {
 		_ = l.Close()
 	}
@@ -98,21 +90,20 @@ func (v *Server) Serve(ctx context.Context, listeners ...net.Listener) error {
 	v.closed = true // handshakes under way come to nothing
 	v.mu.Unlock()
 	v.closeWhere(func(PublicKey) bool { return true })
-	return err
 }
 
-func (v *Server) accept(ctx context.Context, l net.Listener) error {
+func (v *Server) accept(ctx context.Context, l net.Listener) {
 	for {
 		conn, err := l.Accept()
 		if err != nil {
 			if ctx.Err() != nil {
-				return nil
+				return
 			}
 			// Out of descriptors or memory: the sessions that are there go on.
 			v.log.Error("accepting a session failed; trying again in a second", "listener", l.Addr(), "error", err)
 			select {
 			case <-ctx.Done():
-				return nil
+				return
 			case <-time.After(time.Second):
 			}
 			continue
@@ -324,7 +315,7 @@ func (v *Server) open(ctx context.Context, s *Session, key PublicKey, name strin
 	if err != nil {
 		v.log.Debug("flow refused", "router", name, "destination", destination, "reason", reason, "error", err)
 		s.flow.Store(refusedFlow(s, number))
-		return s.send(appendReset(nil, number, reason))
+		return s.send(resetFrame(number, reason))
 	}
 	local, err := newLocal(conn)
 	if err != nil {

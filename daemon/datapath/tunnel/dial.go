@@ -38,7 +38,7 @@ func (p *Peer) dial(ctx context.Context, source netip.Addr, address string) (*Se
 	if err != nil {
 		return nil, err
 	}
-	if _, err := s.introduce(frameHello, hello{Software: p.Software}); err != nil {
+	if err := s.introduce(frameHello, hello{Software: p.Software}); err != nil {
 		_ = s.wire.Close()
 		return nil, err
 	}
@@ -67,7 +67,7 @@ func Enrol(ctx context.Context, id *Identity, t Token, paths []Path, software st
 		}
 		s, err := p.connect(try, a.source, a.address)
 		if err == nil {
-			_, err = s.introduce(frameEnrol, hello{Software: software, Secret: t.Secret[:]})
+			err = s.introduce(frameEnrol, hello{Software: software, Secret: t.Secret[:]})
 			_ = s.wire.Close()
 		}
 		cancel()
@@ -121,32 +121,32 @@ func (p *Peer) connect(ctx context.Context, source netip.Addr, address string) (
 }
 
 // introduce sends the first message and reads the answer to it.
-func (s *Session) introduce(kind frameKind, h hello) (welcome, error) {
+func (s *Session) introduce(kind frameKind, h hello) error {
 	h.Min, h.Max = minVersion, maxVersion
 	if err := s.sendControl(kind, h); err != nil {
-		return welcome{}, err
+		return err
 	}
 	kind, body, err := s.receiveControl()
 	if err != nil {
-		return welcome{}, fmt.Errorf("waiting for the concentrator's WELCOME: %w", err)
+		return fmt.Errorf("waiting for the concentrator's WELCOME: %w", err)
 	}
 	switch kind {
 	case frameWelcome:
 		var w welcome
 		if err := json.Unmarshal(body, &w); err != nil {
-			return welcome{}, fmt.Errorf("%w: WELCOME: %w", errProtocol, err)
+			return fmt.Errorf("%w: WELCOME: %w", errProtocol, err)
 		}
 		if w.Version < minVersion || w.Version > maxVersion {
-			return welcome{}, fmt.Errorf("the concentrator chose tunnel protocol version %d, this router speaks %d to %d",
+			return fmt.Errorf("the concentrator chose tunnel protocol version %d, this router speaks %d to %d",
 				w.Version, minVersion, maxVersion)
 		}
-		return w, s.wire.SetDeadline(time.Time{})
+		return s.wire.SetDeadline(time.Time{})
 	case frameRefuse:
 		refused := new(RefusedError)
 		if err := json.Unmarshal(body, refused); err != nil {
-			return welcome{}, fmt.Errorf("%w: REFUSE: %w", errProtocol, err)
+			return fmt.Errorf("%w: REFUSE: %w", errProtocol, err)
 		}
-		return welcome{}, refused
+		return refused
 	}
-	return welcome{}, fmt.Errorf("%w: %v in answer to the first message", errProtocol, kind)
+	return fmt.Errorf("%w: %v in answer to the first message", errProtocol, kind)
 }

@@ -126,8 +126,8 @@ func (r ResetReason) String() string {
 	return fmt.Sprintf("reason %d", uint16(r))
 }
 
-func appendReset(b []byte, number uint32, reason ResetReason) []byte {
-	b = binary.BigEndian.AppendUint32(b, uint32(frameReset)<<24|6)
+func resetFrame(number uint32, reason ResetReason) []byte {
+	b := binary.BigEndian.AppendUint32(nil, uint32(frameReset)<<24|6)
 	b = binary.BigEndian.AppendUint32(b, number)
 	return binary.BigEndian.AppendUint16(b, uint16(reason))
 }

@@ -88,7 +88,7 @@ func TestOpenAndResetPayloads(t *testing.T) {
 			t.Errorf("OPEN of %d bytes was taken", n)
 		}
 	}
-	if number, reason, err := parseReset(appendReset(nil, 9, ResetTimeout)[frameHeader:]); number != 9 || reason != ResetTimeout || err != nil {
+	if number, reason, err := parseReset(resetFrame(9, ResetTimeout)[frameHeader:]); number != 9 || reason != ResetTimeout || err != nil {
 		t.Errorf("RESET came back as %d, %v, %v", number, reason, err)
 	}
 	if _, _, err := parseReset(nil); err == nil {
@@ -101,7 +101,7 @@ func FuzzDecoder(f *testing.F) {
 	f.Add(appendFrame(nil, frameHello, []byte(`{"min":1,"max":1}`)), 3)
 	f.Add(appendOpen(nil, 1, netip.MustParseAddrPort("192.0.2.1:80")), 5)
 	f.Add(appendFrame(appendFrame(nil, frameData, []byte("payload")), frameEnd, nil), 2)
-	f.Add(appendReset(nil, 1, ResetRefused), 4)
+	f.Add(resetFrame(1, ResetRefused), 4)
 	f.Add([]byte{17, 255, 255, 255, 0}, 1)
 	f.Fuzz(func(t *testing.T, in []byte, piece int) {
 		if piece < 1 || piece > 1<<16 {

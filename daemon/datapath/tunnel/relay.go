@@ -165,7 +165,7 @@ func (f *flow) reset(reason ResetReason) {
 		return
 	}
 	f.sentReset = true
-	_ = s.sendLocked(appendReset(nil, f.number, reason))
+	_ = s.sendLocked(resetFrame(f.number, reason))
 }
 
 func (f *flow) end() {

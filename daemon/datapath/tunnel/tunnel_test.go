@@ -103,7 +103,7 @@ func (b *bond) startServer(address string) {
 	b.server = NewServer(b.serverID, b.admission, dial, slog.New(slog.NewTextHandler(b.log, nil)))
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
-	running.Go(func() { _ = b.server.Serve(ctx, l) })
+	running.Go(func() { b.server.Serve(ctx, l) })
 	b.stopServer = func() { cancel(); running.Wait() }
 }
 

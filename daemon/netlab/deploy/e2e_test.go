@@ -527,7 +527,7 @@ func TestKillAndRestart(t *testing.T) {
 		t.Error("kill -9 left nothing behind: this test proves nothing")
 	}
 	// What a killed daemon left, altered by somebody else meanwhile.
-	w.need(w.Lab.Router.Do(func() error { return alterLeftovers() }))
+	w.need(w.Lab.Router.Do(alterLeftovers))
 
 	w.need(w.StartRouter(""))
 	w.need(w.WaitUp())
