@@ -175,7 +175,7 @@ func withEndpoints(ctx context.Context, lab *netlab.Lab, f func() error) (err er
 		if err != nil {
 			return err
 		}
-		return k.Apply(ctx, desired.Diff(have, desired.Compile(s, uplink.Judge(seen, wants))))
+		return k.Apply(ctx, desired.Diff(have, desired.Compile(s, uplink.Judge(seen, wants), nil)))
 	})
 	if k != nil {
 		defer func() {

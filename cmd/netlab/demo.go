@@ -112,8 +112,14 @@ func demo(ctx context.Context, binaries string, o demoOptions) (err error) {
 				fmt.Printf("%-40s %10.1f %8.1f %11.0f%% %11d ms\n", r.what, r.mbits, r.seconds, r.mbits*1e6/limit*100, r.longest.Milliseconds())
 			}
 			if o.hold {
-				fmt.Printf("\nThe lab stays up. Try:\n  %s --socket %s status\n  nsenter -t %d -n curl -o /dev/null http://%s/file   # a LAN client's view needs the lab's LAN namespace\nCtrl-C ends it.\n",
-					filepath.Join(binaries, "sheafctl"), d.Socket(), d.Router.Pid(), netlab.ServerAddress)
+				client, err := lab.LAN.Start(lab.LAN.Command("busybox", "sleep", "1000000"))
+				if err != nil {
+					return err
+				}
+				ctl := filepath.Join(binaries, "sheafctl") + " --socket " + d.Socket()
+				fmt.Printf("\nThe lab stays up until Ctrl-C. In another terminal, as root:\n"+
+					"  nsenter -t %d -n curl -o /dev/null http://%s/file    # a LAN client\n"+
+					"  watch %s uplinks\n  %s uplink set uplink1 --mode off\n", client.Pid(), netlab.ServerAddress, ctl, ctl)
 				<-ctx.Done()
 			}
 			return nil

@@ -93,7 +93,7 @@ var resetReasons = map[egress.Failure]tunnel.ResetReason{
 }
 
 func listen(ctx context.Context, addresses []string) ([]net.Listener, error) {
-	config := net.ListenConfig{}
+	config := net.ListenConfig{KeepAliveConfig: tunnel.KeepAlive}
 	config.SetMultipathTCP(true)
 	var listeners []net.Listener
 	for _, address := range addresses {

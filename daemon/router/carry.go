@@ -14,6 +14,8 @@ import (
 )
 
 const (
+	// maxConnections bounds the LAN connections open at once; more are reset.
+	maxConnections = 16384
 	// blockRetry is how often a waiting connection looks for the tunnel again.
 	blockRetry = 250 * time.Millisecond
 	// directDial is how long a destination may take without the tunnel, over
@@ -23,6 +25,11 @@ const (
 
 // carry takes one LAN connection to its destination.
 func (r *Router) carry(ctx context.Context, client *net.TCPConn, destination netip.AddrPort) {
+	defer r.connections.Add(-1)
+	if r.connections.Add(1) > maxConnections {
+		reset(client)
+		return
+	}
 	ctx, cancel := context.WithTimeout(ctx, clientPatience)
 	defer cancel()
 	for {

@@ -75,7 +75,7 @@ type Router struct {
 	enrolled *enrolment
 	lastPass reconcile.Pass
 
-	flows, directFlows atomic.Int64
+	connections, flows, directFlows atomic.Int64
 }
 
 // Run serves until ctx ends, and then removes what it put into the kernel.
@@ -177,10 +177,14 @@ func (r *Router) want() (desired.State, error) {
 	if err != nil {
 		return desired.State{}, err
 	}
+	lan, err := uplink.Observe(r.current().Settings.LAN.Interfaces)
+	if err != nil {
+		return desired.State{}, err
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.uplinks = statuses
-	return desired.Compile(r.revision.Settings, statuses), nil
+	return desired.Compile(r.revision.Settings, statuses, uplink.Networks(lan)), nil
 }
 
 // reconciled follows every pass of the loop. Only now may sessions be dialled
@@ -316,10 +320,12 @@ func (r *Router) put(ctx context.Context, s settings.Settings, author string) (s
 	r.mu.Lock()
 	r.revision = revision
 	r.mu.Unlock()
-	r.setPeer()
 	ctx, cancel := context.WithTimeout(ctx, syncTime)
 	defer cancel()
-	if err := r.loop.Sync(ctx); err != nil {
+	err = r.loop.Sync(ctx)
+	// After the kernel: sessions dialled before would still be of the old kind.
+	r.setPeer()
+	if err != nil {
 		return revision, &webui.Pending{Reason: err.Error()}
 	}
 	return revision, nil
@@ -333,7 +339,8 @@ func (r *Router) Join(ctx context.Context, token string) (webui.Joined, error) {
 	if err != nil {
 		return webui.Joined{}, err
 	}
-	return webui.Joined{Concentrator: e.Router, Address: e.Addresses[0], Fingerprint: e.Key.Fingerprint()}, nil
+	host, _, _ := net.SplitHostPort(e.Addresses[0])
+	return webui.Joined{Concentrator: host, Address: e.Addresses[0], Fingerprint: e.Key.Fingerprint()}, nil
 }
 
 func digest(token string) []byte {

@@ -127,7 +127,8 @@ func (r *Router) Status(ctx context.Context) (webui.Status, error) {
 	s.Multipath = describeMultipath(revision.Settings.Multipath, info, held)
 	s.Concentrator = webui.ConcentratorStatus{Address: pool.Address, Sessions: pool.Sessions, IdleSessions: pool.Idle}
 	if enrolled != nil {
-		s.Concentrator.Name, s.Concentrator.Fingerprint = enrolled.Addresses[0], enrolled.Key.Fingerprint()
+		s.Concentrator.Fingerprint = enrolled.Key.Fingerprint()
+		s.Concentrator.Name, _, _ = net.SplitHostPort(enrolled.Addresses[0])
 		if s.Concentrator.Address == "" {
 			s.Concentrator.Address = enrolled.Addresses[0]
 		}
@@ -252,9 +253,6 @@ func problems(s webui.Status, pass reconcile.Pass) []string {
 		list = append(list, "the kernel does not take all of the settings: "+pass.Err.Error())
 	}
 	list = append(list, pass.Problems...)
-	if s.Kernel.MPTCP == "none" {
-		list = append(list, "this kernel has no MPTCP: one uplink is used at a time")
-	}
 	for _, i := range s.LAN.Interfaces {
 		if !i.Present {
 			list = append(list, "LAN interface "+i.Name+" does not exist")

@@ -5,6 +5,7 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 )
 
@@ -42,14 +43,24 @@ func (c AddRule) String() string    { return c.Rule.command("add") }
 func (c DeleteRule) String() string { return c.Rule.command("delete") }
 
 func (r Rule) command(verb string) string {
-	selector := "from all"
+	var selectors []string
 	if r.Source.IsValid() {
-		selector = "from " + short(r.Source)
+		selectors = append(selectors, "from "+short(r.Source))
+	}
+	if r.Destination.IsValid() {
+		selectors = append(selectors, "to "+short(r.Destination))
 	}
 	if r.Mask != 0 {
-		selector = fmt.Sprintf("fwmark %#x/%#x", r.Mark, r.Mask)
+		selectors = append(selectors, fmt.Sprintf("fwmark %#x/%#x", r.Mark, r.Mask))
 	}
-	return fmt.Sprintf("%s rule %s %s lookup %d priority %d protocol %d", ip(r.IPv6), verb, selector, r.Table, r.Priority, Protocol)
+	if len(selectors) == 0 {
+		selectors = []string{"from all"}
+	}
+	table := strconv.Itoa(r.Table)
+	if r.Table == mainTable {
+		table = "main"
+	}
+	return fmt.Sprintf("%s rule %s %s lookup %s priority %d protocol %d", ip(r.IPv6), verb, strings.Join(selectors, " "), table, r.Priority, Protocol)
 }
 
 func (c AddRoute) String() string     { return c.Route.command("add") }
@@ -73,6 +84,9 @@ func (r Route) command(verb string) string {
 	fmt.Fprintf(&b, " dev %s table %d protocol %d", r.Interface.Name, r.Table, Protocol)
 	if r.Metric != 0 {
 		fmt.Fprintf(&b, " metric %d", r.Metric)
+	}
+	if r.InitCwnd != 0 {
+		fmt.Fprintf(&b, " initcwnd %d", r.InitCwnd)
 	}
 	return b.String()
 }

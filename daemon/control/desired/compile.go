@@ -18,10 +18,11 @@ var (
 )
 
 // Compile says what the kernel should hold for these settings, with the uplinks
-// in this condition.
-func Compile(s settings.Settings, statuses []uplink.Status) State {
+// in this condition and these networks behind the LAN interfaces.
+func Compile(s settings.Settings, statuses []uplink.Status, lan []netip.Prefix) State {
 	var state State
 	compileIntercept(&state, s.LAN)
+	compileLAN(&state, lan)
 	for i, u := range s.Uplinks {
 		if status, ok := find(statuses, u); ok {
 			compileUplink(&state, i, status)
@@ -74,6 +75,17 @@ func compileIntercept(state *State, lan settings.LAN) {
 	}
 }
 
+// compileLAN keeps what goes to the LAN away from the uplinks' tables. A client
+// that connects to the router's address on an uplink is answered from that
+// address, and the answer would leave by the uplink.
+func compileLAN(state *State, lan []netip.Prefix) {
+	for _, network := range lan {
+		state.Rules = append(state.Rules, Rule{
+			IPv6: network.Addr().Is6(), Priority: lanPriority, Destination: network, Table: mainTable,
+		})
+	}
+}
+
 // compileUplink makes packets from an uplink's addresses leave by that uplink.
 // That holds in every mode: off stops the use of an uplink and leaves the
 // interface and its routes alone.
@@ -84,7 +96,7 @@ func compileUplink(state *State, place int, status uplink.Status) {
 		address, gateway := source.Addr(), status.Gateways[i]
 		onLink := func(destination netip.Prefix) {
 			state.Routes = append(state.Routes, Route{
-				Table: table, Destination: destination, Interface: device, Metric: metric(address),
+				Table: table, Destination: destination, Interface: device, Metric: metric(address), InitCwnd: initialWindow,
 			})
 		}
 		// A prefix of the address alone has nobody else on link, and one of
@@ -92,7 +104,7 @@ func compileUplink(state *State, place int, status uplink.Status) {
 		if !source.IsSingleIP() && source.Bits() > 0 {
 			onLink(source.Masked())
 		}
-		route := Route{Table: table, Destination: anyIPv4, Interface: device, Metric: metric(address)}
+		route := Route{Table: table, Destination: anyIPv4, Interface: device, Metric: metric(address), InitCwnd: initialWindow}
 		if address.Is6() {
 			route.Destination = anyIPv6
 		}

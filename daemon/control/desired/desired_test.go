@@ -70,6 +70,7 @@ func TestStories(t *testing.T) {
 				kernel   = emptyKernel()
 				chosen   settings.Settings
 				statuses []uplink.Status
+				lan      []netip.Prefix
 				out      strings.Builder
 			)
 			for _, section := range strings.Split("\n"+string(raw), "\n== ")[1:] {
@@ -86,8 +87,13 @@ func TestStories(t *testing.T) {
 					for line := range strings.Lines(strings.TrimSpace(body)) {
 						statuses = append(statuses, parseStatus(t, line))
 					}
+				case "lan":
+					lan = nil
+					for network := range strings.FieldsSeq(body) {
+						lan = append(lan, netip.MustParsePrefix(network))
+					}
 				case "changes":
-					want := Compile(chosen, statuses)
+					want := Compile(chosen, statuses, lan)
 					changes := Diff(kernel, want)
 					kernel = kernel.After(changes...)
 					if again := Diff(kernel, want); len(again) > 0 {
@@ -124,7 +130,7 @@ func TestDiffRepairs(t *testing.T) {
 	chosen := settings.Default()
 	chosen.LAN.Interfaces = []string{"lan0"}
 	chosen.Uplinks = []settings.Uplink{{Name: "dsl", Interface: "wan1", Mode: settings.On, Address: settings.Address{Method: settings.Existing}}}
-	want := Compile(chosen, []uplink.Status{parseStatus(t, "dsl wan1#3 10.1.0.2/24>10.1.0.1")})
+	want := Compile(chosen, []uplink.Status{parseStatus(t, "dsl wan1#3 10.1.0.2/24>10.1.0.1")}, nil)
 	whole := emptyKernel().After(Diff(emptyKernel(), want)...)
 
 	for _, test := range []struct {
@@ -135,7 +141,7 @@ func TestDiffRepairs(t *testing.T) {
 		{"nothing", func(*State) {}, ""},
 		{"rules flushed", func(s *State) { s.Rules = nil }, `
 ip rule add fwmark 0x53000000/0xff000000 lookup 8300 priority 8300 protocol 83
-ip rule add from 10.1.0.2 lookup 8301 priority 8301 protocol 83
+ip rule add from 10.1.0.2 lookup 8301 priority 8302 protocol 83
 ip -6 rule add fwmark 0x53000000/0xff000000 lookup 8300 priority 8300 protocol 83`},
 		{"a rule with more in it", func(s *State) { s.Rules[0].Altered = true }, `
 ip rule add fwmark 0x53000000/0xff000000 lookup 8300 priority 8300 protocol 83
@@ -146,7 +152,14 @@ ip rule delete fwmark 0x53000000/0xff000000 lookup 8300 priority 8300 protocol 8
 					s.Routes[i].Gateway = netip.MustParseAddr("10.1.0.9")
 				}
 			}
-		}, "\nip route replace default via 10.1.0.1 dev wan1 table 8301 protocol 83"},
+		}, "\nip route replace default via 10.1.0.1 dev wan1 table 8301 protocol 83 initcwnd 40"},
+		{"no initial window", func(s *State) {
+			for i := range s.Routes {
+				s.Routes[i].InitCwnd = 0
+			}
+		}, `
+ip route replace 10.1.0.0/24 dev wan1 table 8301 protocol 83 initcwnd 40
+ip route replace default via 10.1.0.1 dev wan1 table 8301 protocol 83 initcwnd 40`},
 		{"a second metric", func(s *State) {
 			for _, r := range s.Routes {
 				if r.Gateway.IsValid() {
@@ -154,7 +167,7 @@ ip rule delete fwmark 0x53000000/0xff000000 lookup 8300 priority 8300 protocol 8
 					s.Routes = append(s.Routes, r)
 				}
 			}
-		}, "\nip route delete default via 10.1.0.1 dev wan1 table 8301 protocol 83 metric 7"},
+		}, "\nip route delete default via 10.1.0.1 dev wan1 table 8301 protocol 83 metric 7 initcwnd 40"},
 		{"an interface renamed", func(s *State) {
 			for i := range s.Routes {
 				s.Routes[i].Interface.Name = "eth7"
@@ -205,7 +218,7 @@ ip mptcp endpoint add 10.1.0.2 dev wan1 subflow`},
 func TestDiffWithoutMPTCP(t *testing.T) {
 	chosen := settings.Default()
 	chosen.LAN.Interfaces = []string{"lan0"}
-	want := Compile(chosen, nil)
+	want := Compile(chosen, nil, nil)
 	changes := Diff(State{}, want)
 	if len(changes) != 5 || len(Diff(State{}.After(changes...), want)) > 0 {
 		t.Errorf("changes: %v", changes)
@@ -214,7 +227,7 @@ func TestDiffWithoutMPTCP(t *testing.T) {
 		t.Errorf("problems: %q", p)
 	}
 	chosen.Multipath.Enabled = false
-	if p := Problems(State{}, Compile(chosen, nil)); len(p) > 0 {
+	if p := Problems(State{}, Compile(chosen, nil, nil)); len(p) > 0 {
 		t.Errorf("problems though MPTCP is not wanted: %q", p)
 	}
 }
@@ -224,7 +237,7 @@ func TestProblems(t *testing.T) {
 	chosen := settings.Default()
 	chosen.Multipath.Scheduler = "redundant"
 	chosen.Multipath.SYNRetries = 3
-	want := Compile(chosen, nil)
+	want := Compile(chosen, nil, nil)
 	have := emptyKernel()
 	delete(have.MPTCP.Sysctls, "syn_retrans_before_tcp_fallback")
 	delete(have.MPTCP.Sysctls, "pm_type")
@@ -287,7 +300,12 @@ func randomState(r *rand.Rand) State {
 		s.Fit = len(s.Sources) > 0 && r.IntN(4) > 0
 		statuses = append(statuses, s)
 	}
-	return Compile(chosen, statuses)
+	var lan []netip.Prefix
+	for i := range r.IntN(3) {
+		lan = append(lan, netip.PrefixFrom(netip.AddrFrom4([4]byte{192, 168, byte(i + r.IntN(2)*10), 0}), 24))
+		lan = append(lan, netip.PrefixFrom(netip.AddrFrom16([16]byte{0xfd, 7: byte(i + r.IntN(2)*10)}), 64))
+	}
+	return Compile(chosen, statuses, lan)
 }
 
 // TestDiffLeadsToWhatIsWanted: from any state to any other, in one step, with

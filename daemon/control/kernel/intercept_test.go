@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -48,7 +49,7 @@ func newLAN(t *testing.T) *lan {
 	must(t, writeSysctl("net/ipv6/conf/all/forwarding", "1"))
 	// No default route: the intercept does not depend on one.
 	l.kernel = open(t)
-	want := desired.Compile(lanSettings("lan0", "lan1"), nil)
+	want := desired.Compile(lanSettings("lan0", "lan1"), nil, nil)
 	must(t, l.kernel.Apply(ctx, desired.Diff(read(t, l.kernel), want)))
 	return l
 }
@@ -212,6 +213,82 @@ func TestIntercept(t *testing.T) {
 	}
 }
 
+// TestUplinkAddressFromLAN: a client reaches the router by the address of an
+// uplink, though packets from that address have a table that knows no LAN.
+func TestUplinkAddressFromLAN(t *testing.T) {
+	l := newLAN(t)
+	must(t, addDefault("wan1", "10.1.0.1", 0))
+	must(t, addDefault("wan1", "2001:db8:1::1", 0))
+	serve(t, func() (net.Listener, error) { return net.Listen("tcp", ":8080") }, "router ")
+	s := lanSettings("lan0", "lan1")
+	s.Uplinks = []settings.Uplink{{Name: "dsl", Interface: "wan1", Mode: settings.On}}
+	l.client.timeout, l.printer.timeout = 200*time.Millisecond, 200*time.Millisecond
+	expect := func(when, want string) {
+		t.Helper()
+		for _, from := range []*host{l.client, l.printer} {
+			for _, address := range []string{"10.1.0.2:8080", "[2001:db8:1::2]:8080"} {
+				if got := from.dial(address); got != strings.ReplaceAll(want, "ADDRESS", address) {
+					t.Errorf("%s: %s: %s", when, address, got)
+				}
+			}
+		}
+	}
+
+	want := compile(t, s)
+	apply(t, l.kernel, want)
+	expect("with the rules of the LAN", "router ADDRESS")
+
+	// That it is they that do it: without them the answers leave by the uplink.
+	want.Rules = slices.DeleteFunc(want.Rules, func(r desired.Rule) bool { return r.Destination.IsValid() })
+	apply(t, l.kernel, want)
+	expect("without them", "no answer")
+}
+
+// TestInitialWindow: connections from an uplink's address begin with the window
+// of its routes, and no others do.
+func TestInitialWindow(t *testing.T) {
+	l := newLAN(t)
+	must(t, addDefault("wan1", "10.1.0.1", 0))
+	must(t, addDefault("wan1", "2001:db8:1::1", 0))
+	l.cloud.do(t, func() error {
+		serve(t, func() (net.Listener, error) { return net.Listen("tcp", ":80") }, "cloud ")
+		return upErr("lo", "203.0.113.7/32", "2001:db8:99::7/128")
+	})
+	l.client.do(t, func() error {
+		serve(t, func() (net.Listener, error) { return net.Listen("tcp", ":80") }, "client ")
+		return nil
+	})
+	s := lanSettings("lan0", "lan1")
+	s.Uplinks = []settings.Uplink{{Name: "dsl", Interface: "wan1", Mode: settings.On}}
+	apply(t, l.kernel, compile(t, s))
+
+	for _, test := range []struct {
+		from, to string
+		want     uint32
+	}{
+		{"10.1.0.2", "10.1.0.1:80", 40},
+		{"10.1.0.2", "203.0.113.7:80", 40},
+		{"2001:db8:1::2", "[2001:db8:99::7]:80", 40},
+		{"192.168.1.1", "192.168.1.2:80", 10},
+		{"10.1.0.2", "192.168.1.2:80", 10},
+	} {
+		dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(test.from)}, Timeout: 2 * time.Second}
+		c, err := dialer.Dial("tcp", test.to)
+		must(t, err)
+		raw, err := c.(*net.TCPConn).SyscallConn()
+		must(t, err)
+		must(t, raw.Control(func(fd uintptr) {
+			info, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
+			if err != nil {
+				t.Error(err)
+			} else if info.Snd_cwnd != test.want {
+				t.Errorf("%s to %s: a window of %d segments, want %d", test.from, test.to, info.Snd_cwnd, test.want)
+			}
+		}))
+		c.Close()
+	}
+}
+
 // TestInterceptMarkKeepsOtherBits: what others mark in their bits stays.
 func TestInterceptMarkKeepsOtherBits(t *testing.T) {
 	l := newLAN(t)
@@ -234,7 +311,7 @@ func TestInterceptMarkKeepsOtherBits(t *testing.T) {
 func TestInterceptReplacedUnderLoad(t *testing.T) {
 	l := newLAN(t)
 	listen(t, desired.InterceptPort)
-	one, two := desired.Compile(lanSettings("lan0"), nil).Intercept, desired.Compile(lanSettings("lan0", "lan1"), nil).Intercept
+	one, two := desired.Compile(lanSettings("lan0"), nil, nil).Intercept, desired.Compile(lanSettings("lan0", "lan1"), nil, nil).Intercept
 	var replaced atomic.Int64
 	stop, stopped := make(chan struct{}), make(chan error)
 	go func() {
@@ -300,10 +377,10 @@ func TestInterceptLiveConnection(t *testing.T) {
 		}
 	}
 	echo("at first")
-	must(t, l.kernel.Apply(ctx, []desired.Change{desired.ReplaceIntercept{Intercept: desired.Compile(lanSettings("lan0"), nil).Intercept}}))
+	must(t, l.kernel.Apply(ctx, []desired.Change{desired.ReplaceIntercept{Intercept: desired.Compile(lanSettings("lan0"), nil, nil).Intercept}}))
 	echo("after the table was replaced")
 	have := read(t, l.kernel)
-	must(t, l.kernel.Apply(ctx, desired.Diff(have, desired.Compile(lanSettings("lan0", "lan1"), nil))))
+	must(t, l.kernel.Apply(ctx, desired.Diff(have, desired.Compile(lanSettings("lan0", "lan1"), nil, nil))))
 	echo("after the LAN had grown again")
 }
 

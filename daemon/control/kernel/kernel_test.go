@@ -67,7 +67,9 @@ func compile(t *testing.T, s settings.Settings) desired.State {
 	}
 	o, err := uplink.Observe(names)
 	must(t, err)
-	return desired.Compile(s, uplink.Judge(o, wants))
+	lan, err := uplink.Observe(s.LAN.Interfaces)
+	must(t, err)
+	return desired.Compile(s, uplink.Judge(o, wants), uplink.Networks(lan))
 }
 
 func read(t *testing.T, k *Kernel) desired.State {
@@ -156,7 +158,7 @@ func TestApplyAndRead(t *testing.T) {
 			t.Errorf("-want +read\n%s", diff)
 		}
 	}
-	if len(want.Rules) != 5 || len(want.Routes) != 8 || len(want.MPTCP.Endpoints) != 3 {
+	if len(want.Rules) != 7 || len(want.Routes) != 8 || len(want.MPTCP.Endpoints) != 3 {
 		t.Errorf("the router of this test is not what it should be: %+v", want)
 	}
 
@@ -212,18 +214,25 @@ func TestRepair(t *testing.T) {
 		name   string
 		damage func(*testing.T)
 	}{
-		{"rule deleted", ip("rule del from 10.1.0.2 priority 8301")},
-		{"IPv6 rule deleted", ip("-6 rule del from 2001:db8:1::2 priority 8301")},
+		{"rule deleted", ip("rule del from 10.1.0.2 priority 8302")},
+		{"IPv6 rule deleted", ip("-6 rule del from 2001:db8:1::2 priority 8302")},
 		{"mark rule deleted", ip("rule del fwmark 0x53000000/0xff000000 priority 8300")},
-		{"rule of ours too many", ip("rule add from 10.9.9.9 lookup 8301 priority 8301 protocol 83")},
-		{"rule of ours with more in it", ip("rule add from 10.1.0.2 iif lan0 lookup 8301 priority 8301 protocol 83")},
+		{"rule of ours too many", ip("rule add from 10.9.9.9 lookup 8301 priority 8302 protocol 83")},
+		{"rule of ours with more in it", ip("rule add from 10.1.0.2 iif lan0 lookup 8301 priority 8302 protocol 83")},
+		{"LAN rule deleted", ip("rule del to 192.168.1.0/24 priority 8301")},
+		{"IPv6 LAN rule deleted", ip("-6 rule del to fd00:1::/64 priority 8301")},
+		{"LAN rule too many", ip("rule add to 192.168.9.0/24 lookup main priority 8301 protocol 83")},
+		{"LAN rule with a source", ip("rule add from 10.1.0.2 to 192.168.1.0/24 lookup main priority 8301 protocol 83")},
+		{"LAN rule with more in it", ip("rule add to 192.168.1.0/24 iif wan1 lookup main priority 8301 protocol 83")},
 		{"default route deleted", ip("route del default table 8301")},
 		{"IPv6 default route deleted", ip("-6 route del default table 8301")},
 		{"local route deleted", ip("route del local default table 8300")},
 		{"another gateway", ip("route replace default via 10.1.0.77 dev wan1 table 8301 protocol 83")},
 		{"another IPv6 gateway", ip("-6 route replace default via fe80::77 dev wan1 table 8301 protocol 83 metric 1024")},
 		{"another interface", ip("route replace default via 10.2.0.1 dev wan2 table 8301 protocol 83")},
-		{"an MTU", ip("route replace default via 10.1.0.1 dev wan1 table 8301 protocol 83 mtu 1200")},
+		{"an MTU", ip("route replace default via 10.1.0.1 dev wan1 table 8301 protocol 83 initcwnd 40 mtu 1200")},
+		{"another initial window", ip("route replace default via 10.1.0.1 dev wan1 table 8301 protocol 83 initcwnd 20")},
+		{"no initial window", ip("-6 route replace default via fe80::1 dev wan1 table 8301 protocol 83 metric 1024")},
 		{"route of ours too many", ip("route add 203.0.113.0/24 dev wan1 table 8301 protocol 83")},
 		{"route of ours of another type", ip("route add blackhole 203.0.113.0/24 table 8301 protocol 83")},
 		{"route of ours in a table of nobody", ip("route add 203.0.113.0/24 dev wan1 table 8350 protocol 83")},
@@ -290,7 +299,7 @@ func TestRepair(t *testing.T) {
 				t.Fatal("the damage was not noticed")
 			}
 			passes := 1
-			if test.name == "rule of ours with more in it" {
+			if strings.HasSuffix(test.name, "with more in it") {
 				// The kernel deletes the first rule that fits, and ours fits
 				// too: it comes back in the second pass, behind the other,
 				// which the third deletes.
@@ -323,8 +332,9 @@ func TestForeign(t *testing.T) {
 	s := router(t)
 	k := open(t)
 	for _, command := range []string{
-		"rule add from 10.1.0.2 lookup 8301 priority 8301 protocol static",
+		"rule add from 10.1.0.2 lookup 8301 priority 8302 protocol static",
 		"rule add from 10.8.8.8 lookup main priority 8302",
+		"rule add to 192.168.1.0/24 lookup main priority 8301 protocol static",
 		"rule add from 10.8.8.8 lookup 99 priority 100 protocol 83",
 		"route add 203.0.113.0/24 dev wan1 table 8301 protocol static",
 		"route add 203.0.113.0/24 dev wan1 table 7777 protocol 83",
@@ -380,7 +390,7 @@ func TestConflicts(t *testing.T) {
 		}
 	}
 	err := k.Apply(ctx, desired.Diff(read(t, k), compile(t, s)))
-	want := `ip route add default via 10.2.0.1 dev wan2 table 8302 protocol 83: file exists: another program holds a route to the same destination in table 8302
+	want := `ip route add default via 10.2.0.1 dev wan2 table 8302 protocol 83 initcwnd 40: file exists: another program holds a route to the same destination in table 8302
 ip mptcp endpoint add 10.1.0.2 dev wan1 subflow: another program holds the MPTCP endpoint 10.1.0.2 (id 3, signal): remove it there`
 	if diff := cmp.Diff(want, fmt.Sprint(err)); diff != "" {
 		t.Errorf("-want +got\n%s", diff)
@@ -491,7 +501,7 @@ func TestWithoutUpstreamMPTCP(t *testing.T) {
 		state := compile(t, s)
 		apply(t, k, state)
 		have := read(t, k)
-		if have.MPTCP != nil || len(desired.Problems(have, state)) != 1 || len(have.Rules) != 5 {
+		if have.MPTCP != nil || len(desired.Problems(have, state)) != 1 || len(have.Rules) != 7 {
 			t.Errorf("%s: %+v, %v", want, have, desired.Problems(have, state))
 		}
 		err = k.Apply(ctx, []desired.Change{desired.SetLimits{}})

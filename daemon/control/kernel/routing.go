@@ -69,18 +69,19 @@ func (k *Kernel) readRules() ([]desired.Rule, error) {
 
 func fromRule(r netlink.Rule) desired.Rule {
 	rule := desired.Rule{
-		IPv6:     r.Family == netlink.FAMILY_V6,
-		Priority: r.Priority,
-		Source:   fromIPNet(r.Src),
-		Mark:     r.Mark,
-		Table:    r.Table,
+		IPv6:        r.Family == netlink.FAMILY_V6,
+		Priority:    r.Priority,
+		Source:      fromIPNet(r.Src),
+		Destination: fromIPNet(r.Dst),
+		Mark:        r.Mark,
+		Table:       r.Table,
 	}
 	if r.Mask != nil {
 		rule.Mask = *r.Mask
 	}
 	// What toRule makes of it is all that a rule of ours holds.
 	ours := toRule(rule)
-	ours.Src, ours.Mask = r.Src, r.Mask
+	ours.Src, ours.Dst, ours.Mask = r.Src, r.Dst, r.Mask
 	rule.Altered = !reflect.DeepEqual(*ours, r)
 	return rule
 }
@@ -96,6 +97,9 @@ func toRule(rule desired.Rule) *netlink.Rule {
 	r.Protocol = desired.Protocol
 	if rule.Source.IsValid() {
 		r.Src = toIPNet(rule.Source)
+	}
+	if rule.Destination.IsValid() {
+		r.Dst = toIPNet(rule.Destination)
 	}
 	if rule.Mask != 0 {
 		r.Mark, r.Mask = rule.Mark, &rule.Mask
@@ -147,6 +151,7 @@ func fromRoute(r netlink.Route, names map[int]string) desired.Route {
 		Interface:   interfaceOf(names, r.LinkIndex),
 		Local:       r.Type == unix.RTN_LOCAL,
 		Metric:      r.Priority,
+		InitCwnd:    r.InitCwnd,
 	}
 	// For a default route the library gives no destination, or one of either length.
 	if !route.Destination.IsValid() || route.Destination.Bits() == 0 {
@@ -161,7 +166,7 @@ func fromRoute(r netlink.Route, names map[int]string) desired.Route {
 	// Whatever else it holds, no route of ours has.
 	rest := r
 	rest.Table, rest.Dst, rest.LinkIndex, rest.Priority, rest.Gw = 0, nil, 0, 0, nil
-	rest.Protocol, rest.Family, rest.Scope = 0, 0, 0
+	rest.Protocol, rest.Family, rest.Scope, rest.InitCwnd = 0, 0, 0, 0
 	rest.Flags &= unix.RTNH_F_ONLINK // the others are the kernel's observations
 	if rest.Type == unix.RTN_UNICAST || rest.Type == unix.RTN_LOCAL {
 		rest.Type = 0
@@ -176,6 +181,7 @@ func toRoute(route desired.Route) *netlink.Route {
 		Dst:       toIPNet(route.Destination),
 		LinkIndex: route.Interface.Index,
 		Priority:  route.Metric,
+		InitCwnd:  route.InitCwnd,
 		Protocol:  desired.Protocol,
 		Type:      unix.RTN_UNICAST,
 	}

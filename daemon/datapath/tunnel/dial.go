@@ -87,7 +87,8 @@ func Enrol(ctx context.Context, id *Identity, t Token, paths []Path, software st
 // connect opens the connection and completes the TLS handshake.
 func (p *Peer) connect(ctx context.Context, source netip.Addr, address string) (*Session, error) {
 	dialer := net.Dialer{
-		Timeout: handshakeTime,
+		Timeout:         handshakeTime,
+		KeepAliveConfig: KeepAlive,
 	}
 	dialer.SetMultipathTCP(p.Multipath)
 	network := "tcp"

@@ -24,10 +24,9 @@ const (
 	// handshakeTime bounds everything from the TCP connection to WELCOME.
 	handshakeTime = 10 * time.Second
 	// idleTime is how long the concentrator keeps a session on which nothing
-	// comes; pingAfter is how long the router lets one be silent. Both are well
-	// below the 5 minutes after which common NATs forget a TCP mapping.
+	// comes; pingAfter is how long the router lets one be silent.
 	idleTime  = 100 * time.Second
-	pingAfter = 15 * time.Second
+	pingAfter = 30 * time.Second
 	pingTime  = 4 * time.Second
 	// abortTime bounds how long a session may take to agree on the end of an
 	// aborted flow before it is given up.
@@ -39,6 +38,12 @@ const (
 	// section 5.5 allows for AES-GCM (2^24.5 records, about 388 GB).
 	retireAfter = 200 << 30
 )
+
+// KeepAlive is for the sockets of sessions. Pings go over one subflow: this keeps
+// the others' NAT mappings, which common carriers forget after 5 minutes, and
+// ends the subflows of a peer that has gone. Go's default of 15 s would cost a
+// metered uplink hundreds of megabytes a month.
+var KeepAlive = net.KeepAliveConfig{Enable: true, Idle: 240 * time.Second, Interval: 30 * time.Second, Count: 4}
 
 var errSessionClosed = errors.New("session closed")
 

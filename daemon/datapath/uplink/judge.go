@@ -162,6 +162,26 @@ func choose(link Link, family string) (source netip.Prefix, gateway netip.Addr, 
 	return sources[0].Prefix, gateway, ""
 }
 
+// Networks are the on-link prefixes of the links that are up, each once: behind a
+// LAN interface, where the clients are. Link-local ones are on every link, and
+// tell nothing.
+func Networks(o Observation) []netip.Prefix {
+	var networks []netip.Prefix
+	for _, link := range o.Links {
+		for _, a := range link.Addresses {
+			// Nobody else is in a prefix of the address alone, and everybody in
+			// one of length 0.
+			if link.Up && !a.Prefix.IsSingleIP() && a.Prefix.Bits() > 0 && !a.Prefix.Addr().IsLinkLocalUnicast() {
+				networks = append(networks, a.Prefix.Masked())
+			}
+		}
+	}
+	slices.SortFunc(networks, func(a, b netip.Prefix) int {
+		return cmp.Or(a.Addr().Compare(b.Addr()), cmp.Compare(a.Bits(), b.Bits()))
+	})
+	return slices.Compact(networks)
+}
+
 // before sorts what is true first.
 func before(a, b bool) int {
 	switch {

@@ -110,6 +110,36 @@ func TestJudge(t *testing.T) {
 	}
 }
 
+func TestNetworks(t *testing.T) {
+	down := link(2, "192.168.9.1/24", "")
+	down.Up, down.Carrier = false, false
+	unplugged := link(2, "192.168.9.1/24", "")
+	unplugged.Carrier = false
+
+	for _, test := range []struct {
+		name  string
+		links []Link
+		want  string
+	}{
+		{"none", nil, "[]"},
+		{"both families, in order", []Link{link(1, "fd00:1::1/64 192.168.77.1/24", ""), link(2, "192.168.7.1/24", "")},
+			"[192.168.7.0/24 192.168.77.0/24 fd00:1::/64]"},
+		{"two addresses in one network", []Link{link(1, "192.168.77.1/24 192.168.77.9/24~", ""), link(2, "192.168.77.2/24", "")},
+			"[192.168.77.0/24]"},
+		{"no carrier, and an address that is being checked", []Link{unplugged, link(1, "fd00:1::1/64!", "")},
+			"[192.168.9.0/24 fd00:1::/64]"},
+		{"down", []Link{down}, "[]"},
+		{"link-local", []Link{link(1, "169.254.3.4/16 fe80::2/64", "")}, "[]"},
+		{"nobody, and everybody", []Link{link(1, "192.168.77.1/32 fd00:1::1/128 192.168.78.1/0", "")}, "[]"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			if got := fmt.Sprint(Networks(Observation{test.links})); got != test.want {
+				t.Errorf("got  %s\nwant %s", got, test.want)
+			}
+		})
+	}
+}
+
 func TestJudgeNamesAndCounters(t *testing.T) {
 	l := link(7, "10.1.0.2/24", "10.1.0.1")
 	l.ReceivedBytes, l.SentBytes = 3, 4

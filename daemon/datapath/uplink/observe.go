@@ -15,8 +15,8 @@ import (
 // kernel's hands.
 const dumpTries = 4
 
-// Observe reads what Judge needs to know of these interfaces from the network
-// namespace of the calling thread.
+// Observe reads what Judge and Networks need to know of these interfaces from
+// the network namespace of the calling thread.
 func Observe(interfaces []string) (Observation, error) {
 	links, err := dump(netlink.LinkList)
 	if err != nil {

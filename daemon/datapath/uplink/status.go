@@ -4,7 +4,8 @@
 //
 //	netlink (links, addresses, routes) ─▶ Observe ─▶ Observation ─▶ Judge ─▶ []Status
 //
-// Observe reads, Judge decides and is pure.
+// Observe reads, Judge decides and is pure. Of LAN interfaces, Networks says what
+// is behind them.
 package uplink
 
 import "net/netip"

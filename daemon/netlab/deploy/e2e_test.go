@@ -739,6 +739,67 @@ func TestRevokedRouterIsCutOff(t *testing.T) {
 	w.need(w.WaitUp())
 }
 
+// An uplink that swallows everything must not keep the router from starting over
+// the others, and is used as soon as it works.
+func TestStartsWhileTheBestUplinkIsBlackHoled(t *testing.T) {
+	w := newWorld(t)
+	w.need(w.Lab.Uplinks[0].BlackHole(true))
+	w.need(w.StartConcentrator())
+	token, err := w.Token("home")
+	w.need(err)
+	w.need(w.StartRouter(w.Settings(token)))
+	w.need(w.Until("the tunnel is degraded", func(s webui.Status) error {
+		if s.Tunnel.State != "degraded" {
+			return fmt.Errorf("%s: %s", s.Tunnel.State, s.Tunnel.Reason)
+		}
+		return nil
+	}))
+	w.serve("198.51.100.20:7500", func(c *net.TCPConn) { _, _ = io.WriteString(c, "through") })
+	if got, err := io.ReadAll(w.dial("198.51.100.20:7500")); string(got) != "through" || err != nil {
+		t.Errorf("over the others: %q, %v", got, err)
+	}
+	w.need(w.Lab.Uplinks[0].BlackHole(false))
+	w.need(w.WaitUp())
+}
+
+// The path manager and the switch for MPTCP concern connections yet to come:
+// the pool is renewed, and what is open goes on.
+func TestPathManagerAndSwitch(t *testing.T) {
+	w := up(t)
+	d := w.startDownload(40e6)
+	w.progress(d, 1e6)
+	for _, c := range []struct{ multipath, what string }{
+		{"{path_manager: default}", "one uplink carries at a time"},
+		{"{enabled: false}", "plain TCP over one uplink"},
+	} {
+		file, err := w.File("multipath.yaml", w.Settings("")+"multipath: "+c.multipath+"\n")
+		w.need(err)
+		_, err = w.Sheafctl("apply", "-f", file)
+		w.need(err)
+		w.need(w.Until(c.what, func(s webui.Status) error {
+			carrying := 0
+			for _, u := range s.Uplinks {
+				if u.Subflows >= s.Concentrator.IdleSessions && u.Subflows > 1 {
+					carrying++
+				}
+			}
+			if s.Tunnel.State != "up" || carrying != 1 || s.Concentrator.IdleSessions < 8 {
+				return fmt.Errorf("tunnel %s (%s), %d uplinks with the idle sessions' subflows, %d idle", s.Tunnel.State, s.Tunnel.Reason, carrying, s.Concentrator.IdleSessions)
+			}
+			return nil
+		}))
+		w.progress(d, 1e6)
+	}
+	file, err := w.File("multipath.yaml", w.Settings(""))
+	w.need(err)
+	_, err = w.Sheafctl("apply", "-f", file)
+	w.need(err)
+	w.need(w.WaitUp())
+	if err := <-d.done; err != nil {
+		t.Fatal(err)
+	}
+}
+
 // A path on which MPTCP does not come through is used all the same, and shown.
 func TestPlainTCPIsRecognised(t *testing.T) {
 	w := newWorld(t)

@@ -1,0 +1,167 @@
+package router
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"sheaf/daemon/control/reconcile"
+	"sheaf/daemon/control/settings"
+	"sheaf/daemon/datapath/tunnel"
+	"sheaf/daemon/datapath/uplink"
+	"sheaf/webui"
+)
+
+// chosen is a settings file of uplinks "name mode".
+func chosen(t *testing.T, uplinks ...string) settings.Settings {
+	t.Helper()
+	s := settings.Default()
+	for i, text := range uplinks {
+		name, mode, _ := strings.Cut(text, " ")
+		s.Uplinks = append(s.Uplinks, settings.Uplink{Name: name, Interface: fmt.Sprintf("wan%d", i+1),
+			Mode: settings.Mode(mode), Address: settings.Address{Method: settings.Existing}})
+	}
+	return s
+}
+
+func fit(name string, number int) uplink.Status {
+	return uplink.Status{Name: name, Interface: fmt.Sprintf("wan%d", number), Index: number, Fit: true,
+		Sources:  []netip.Prefix{netip.MustParsePrefix(fmt.Sprintf("10.%d.0.2/24", number))},
+		Gateways: []netip.Addr{netip.MustParseAddr(fmt.Sprintf("10.%d.0.1", number))}}
+}
+
+func subflow(number int, rtt time.Duration) tunnel.Subflow {
+	return tunnel.Subflow{Local: netip.MustParseAddrPort(fmt.Sprintf("10.%d.0.2:4000", number)), RTT: rtt}
+}
+
+func TestUplinkStates(t *testing.T) {
+	absent := uplink.Status{Name: "b", Interface: "wan2", Reason: "interface wan2 does not exist"}
+	cut := fit("b", 2)
+	cut.Fit, cut.Reason = false, "wan2 has no carrier"
+	up := func(subflows ...tunnel.Subflow) tunnel.Status {
+		return tunnel.Status{Up: true, Sessions: 1, Subflows: subflows}
+	}
+	for _, c := range []struct {
+		name     string
+		settings settings.Settings
+		statuses []uplink.Status
+		pool     tunnel.Status
+		want     string // states
+		tunnel   string
+	}{
+		{"both carry", chosen(t, "a on", "b on"), []uplink.Status{fit("a", 1), fit("b", 2)},
+			up(subflow(1, 0), subflow(2, 0)), "carrying carrying", "up"},
+		{"never green without a subflow", chosen(t, "a on", "b on"), []uplink.Status{fit("a", 1), fit("b", 2)},
+			up(subflow(1, 0)), "carrying unfit", "degraded"},
+		{"off is off, whatever is there", chosen(t, "a on", "b off"), []uplink.Status{fit("a", 1), fit("b", 2)},
+			up(subflow(1, 0), subflow(2, 0)), "carrying off", "up"},
+		{"backup stands by", chosen(t, "a on", "b backup"), []uplink.Status{fit("a", 1), fit("b", 2)},
+			up(subflow(1, 0), subflow(2, 0)), "carrying standby", "up"},
+		{"backup carries when nothing else does", chosen(t, "a on", "b backup"),
+			[]uplink.Status{{Name: "a", Interface: "wan1", Reason: "gone"}, fit("b", 2)}, up(subflow(2, 0)), "absent carrying", "degraded"},
+		{"absent", chosen(t, "a on", "b on"), []uplink.Status{fit("a", 1), absent}, up(subflow(1, 0)), "carrying absent", "degraded"},
+		{"no carrier", chosen(t, "a on", "b on"), []uplink.Status{fit("a", 1), cut}, up(subflow(1, 0)), "carrying unfit", "degraded"},
+		{"tunnel down", chosen(t, "a on", "b backup"), []uplink.Status{fit("a", 1), fit("b", 2)},
+			tunnel.Status{Reason: errors.New("refused")}, "unfit unfit", "down"},
+		{"MPTCP stripped", chosen(t, "a on"), []uplink.Status{fit("a", 1)},
+			tunnel.Status{Up: true, Plain: []string{"a"}, Subflows: []tunnel.Subflow{subflow(1, 0)}}, "carrying", "degraded"},
+		{"one uplink at a time", func() settings.Settings {
+			s := chosen(t, "a on", "b on")
+			s.Multipath.PathManager = settings.PathManagerDefault
+			return s
+		}(), []uplink.Status{fit("a", 1), fit("b", 2)}, up(subflow(1, 0)), "carrying standby", "up"},
+	} {
+		uplinks := describeUplinks(c.settings, c.statuses, c.pool, nil, nil)
+		var states []string
+		for _, u := range uplinks {
+			states = append(states, u.State)
+			if u.State != "carrying" && u.Reason == "" {
+				t.Errorf("%s: %s is %s without a reason", c.name, u.Name, u.State)
+			}
+		}
+		if got := strings.Join(states, " "); got != c.want {
+			t.Errorf("%s: uplinks %s, want %s", c.name, got, c.want)
+		}
+		if got := describeTunnel(c.settings, uplinks, c.pool); got.State != c.tunnel || got.State != "up" && got.Reason == "" {
+			t.Errorf("%s: tunnel %s (%s), want %s", c.name, got.State, got.Reason, c.tunnel)
+		}
+	}
+}
+
+func TestUplinkFigures(t *testing.T) {
+	rates := map[string][2]uint64{"a": {1000, 2000}}
+	loss := map[netip.Addr]float64{netip.MustParseAddr("10.1.0.2"): 0.25}
+	pool := tunnel.Status{Up: true, Subflows: []tunnel.Subflow{
+		subflow(1, 30*time.Millisecond), subflow(1, 10*time.Millisecond), subflow(1, 20*time.Millisecond), subflow(2, time.Second)}}
+	u := describeUplinks(chosen(t, "a on"), []uplink.Status{fit("a", 1)}, pool, rates, loss)[0]
+	if u.Subflows != 3 || *u.RTTMs != 20 || *u.Loss != 0.25 || u.RxBps != 1000 || u.TxBps != 2000 ||
+		u.Address != "10.1.0.2" || u.Gateway != "10.1.0.1" {
+		t.Errorf("%+v, RTT %v, loss %v", u, *u.RTTMs, *u.Loss)
+	}
+}
+
+func TestMeter(t *testing.T) {
+	var m meter
+	at := time.Unix(1_800_000_000, 0)
+	status := fit("a", 1)
+	source := netip.MustParseAddr("10.1.0.2")
+	f := subflow(1, 0)
+	measure := func(received, sent uint64, segments, again uint32) ([2]uint64, float64) {
+		status.ReceivedBytes, status.SentBytes = received, sent
+		f.Segments, f.Retransmitted = segments, again
+		m.measure(at, []uplink.Status{status}, []tunnel.Subflow{f})
+		at = at.Add(2 * time.Second)
+		return m.rates["a"], m.loss[source]
+	}
+	for i, step := range []struct {
+		received, sent  uint64
+		segments, again uint32
+		rates           [2]uint64
+		loss            float64
+	}{
+		{5000, 700, 100, 0, [2]uint64{}, 0},             // the first look
+		{6000, 800, 200, 10, [2]uint64{4000, 400}, 0.1}, // 1000 and 100 bytes in 2 s
+		{6000, 800, 200, 10, [2]uint64{0, 0}, 0.1},      // idle: the loss known holds
+		{10, 10, 300, 10, [2]uint64{0, 0}, 0},           // the interface was made anew
+		{1010, 10, 50, 25, [2]uint64{4000, 0}, 0.5},     // another subflow on the same port
+	} {
+		rates, loss := measure(step.received, step.sent, step.segments, step.again)
+		if rates != step.rates || loss != step.loss {
+			t.Errorf("step %d: rates %v, loss %v; want %v, %v", i, rates, loss, step.rates, step.loss)
+		}
+	}
+}
+
+func TestPathsAndDirectSources(t *testing.T) {
+	s := chosen(t, "a backup", "b on", "c off", "d on")
+	unfit := fit("d", 4)
+	unfit.Fit = false
+	both := fit("b", 2)
+	both.Sources = append(both.Sources, netip.MustParsePrefix("2001:db8:2::2/64"))
+	ways := paths(s, []uplink.Status{fit("a", 1), both, fit("c", 3), unfit})
+	if got := fmt.Sprint(ways); got != "[{a [10.1.0.2] true} {b [10.2.0.2 2001:db8:2::2] false}]" {
+		t.Errorf("paths %s", got)
+	}
+	if got := fmt.Sprint(directSources(ways, netip.MustParseAddr("192.0.2.1"))); got != "[10.2.0.2 10.1.0.2]" {
+		t.Errorf("IPv4 leaves from %s", got)
+	}
+	if got := fmt.Sprint(directSources(ways, netip.MustParseAddr("2001:db8::1"))); got != "[2001:db8:2::2]" {
+		t.Errorf("IPv6 leaves from %s", got)
+	}
+}
+
+func TestProblems(t *testing.T) {
+	s := webui.Status{
+		Tunnel:  webui.TunnelStatus{State: "down", Reason: "refused"},
+		Uplinks: []webui.UplinkStatus{{Name: "a", Mode: "on", State: "absent", Reason: "no wan1"}, {Name: "b", Mode: "off", State: "off"}},
+		LAN:     webui.LANStatus{Interfaces: []webui.InterfaceStatus{{Name: "lan0"}}},
+	}
+	got := strings.Join(problems(s, reconcile.Pass{Err: errors.New("busy"), Problems: []string{"no scheduler x"}}), "; ")
+	want := "refused; the kernel does not take all of the settings: busy; no scheduler x; LAN interface lan0 does not exist; a: no wan1"
+	if got != want {
+		t.Errorf("%s\nwant %s", got, want)
+	}
+}
