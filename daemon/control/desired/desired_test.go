@@ -152,14 +152,14 @@ ip rule delete fwmark 0x53000000/0xff000000 lookup 8300 priority 8300 protocol 8
 					s.Routes[i].Gateway = netip.MustParseAddr("10.1.0.9")
 				}
 			}
-		}, "\nip route replace default via 10.1.0.1 dev wan1 table 8301 protocol 83 initcwnd 40"},
+		}, "\nip route replace default via 10.1.0.1 dev wan1 table 8301 protocol 83 initcwnd 20"},
 		{"no initial window", func(s *State) {
 			for i := range s.Routes {
 				s.Routes[i].InitCwnd = 0
 			}
 		}, `
-ip route replace 10.1.0.0/24 dev wan1 table 8301 protocol 83 initcwnd 40
-ip route replace default via 10.1.0.1 dev wan1 table 8301 protocol 83 initcwnd 40`},
+ip route replace 10.1.0.0/24 dev wan1 table 8301 protocol 83 initcwnd 20
+ip route replace default via 10.1.0.1 dev wan1 table 8301 protocol 83 initcwnd 20`},
 		{"a second metric", func(s *State) {
 			for _, r := range s.Routes {
 				if r.Gateway.IsValid() {
@@ -167,7 +167,7 @@ ip route replace default via 10.1.0.1 dev wan1 table 8301 protocol 83 initcwnd 4
 					s.Routes = append(s.Routes, r)
 				}
 			}
-		}, "\nip route delete default via 10.1.0.1 dev wan1 table 8301 protocol 83 metric 7 initcwnd 40"},
+		}, "\nip route delete default via 10.1.0.1 dev wan1 table 8301 protocol 83 metric 7 initcwnd 20"},
 		{"an interface renamed", func(s *State) {
 			for i := range s.Routes {
 				s.Routes[i].Interface.Name = "eth7"

@@ -230,8 +230,8 @@ func TestRepair(t *testing.T) {
 		{"another gateway", ip("route replace default via 10.1.0.77 dev wan1 table 8301 protocol 83")},
 		{"another IPv6 gateway", ip("-6 route replace default via fe80::77 dev wan1 table 8301 protocol 83 metric 1024")},
 		{"another interface", ip("route replace default via 10.2.0.1 dev wan2 table 8301 protocol 83")},
-		{"an MTU", ip("route replace default via 10.1.0.1 dev wan1 table 8301 protocol 83 initcwnd 40 mtu 1200")},
-		{"another initial window", ip("route replace default via 10.1.0.1 dev wan1 table 8301 protocol 83 initcwnd 20")},
+		{"an MTU", ip("route replace default via 10.1.0.1 dev wan1 table 8301 protocol 83 initcwnd 20 mtu 1200")},
+		{"another initial window", ip("route replace default via 10.1.0.1 dev wan1 table 8301 protocol 83 initcwnd 40")},
 		{"no initial window", ip("-6 route replace default via fe80::1 dev wan1 table 8301 protocol 83 metric 1024")},
 		{"route of ours too many", ip("route add 203.0.113.0/24 dev wan1 table 8301 protocol 83")},
 		{"route of ours of another type", ip("route add blackhole 203.0.113.0/24 table 8301 protocol 83")},
@@ -390,7 +390,7 @@ func TestConflicts(t *testing.T) {
 		}
 	}
 	err := k.Apply(ctx, desired.Diff(read(t, k), compile(t, s)))
-	want := `ip route add default via 10.2.0.1 dev wan2 table 8302 protocol 83 initcwnd 40: file exists: another program holds a route to the same destination in table 8302
+	want := `ip route add default via 10.2.0.1 dev wan2 table 8302 protocol 83 initcwnd 20: file exists: another program holds a route to the same destination in table 8302
 ip mptcp endpoint add 10.1.0.2 dev wan1 subflow: another program holds the MPTCP endpoint 10.1.0.2 (id 3, signal): remove it there`
 	if diff := cmp.Diff(want, fmt.Sprint(err)); diff != "" {
 		t.Errorf("-want +got\n%s", diff)
