@@ -62,6 +62,7 @@ type socket struct {
 	got         *buffer
 	n           int
 	err         error
+	failed      error // met by readShort, for the next read to return
 }
 
 func newSocket(conn *net.TCPConn) (*socket, error) {
@@ -105,6 +106,9 @@ func newSocket(conn *net.TCPConn) (*socket, error) {
 // read waits until the socket has data and reads up to limit bytes of it into
 // a borrowed buffer, beginning at index from.
 func (s *socket) read(from, limit int) (b *buffer, n int, err error) {
+	if s.failed != nil {
+		return nil, 0, s.failed
+	}
 	s.from, s.limit = from, limit
 	if err := s.raw.Read(s.readReady); err != nil {
 		return nil, 0, err
@@ -126,10 +130,28 @@ func (s *socket) readShort(from, limit int) (b *buffer, n int, end bool, err err
 	}
 	controlErr := s.raw.Control(func(fd uintptr) {
 		more, err := unix.Read(int(fd), b.data[from+n:from+limit])
-		end = err == nil && more == 0
-		n += max(more, 0) // an error is met again by the next read
+		switch {
+		case err == nil:
+			end = more == 0
+			n += more
+		case !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EINTR):
+			// The kernel tells of a failure once, and of an end from then on: a RST
+			// must not be forgotten here.
+			s.failed = os.NewSyscallError("read", err)
+		}
 	})
 	return b, n, end && controlErr == nil, nil
+}
+
+// closed says whether the connection is over in both directions.
+func (s *socket) closed() bool {
+	state := uint8(tcpClose)
+	_ = s.raw.Control(func(fd uintptr) {
+		if info, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO); err == nil {
+			state = info.State
+		}
+	})
+	return state == tcpClose
 }
 
 // waitWritable waits until the kernel has room for more of our bytes, so that

@@ -40,11 +40,12 @@ type flow struct {
 	deadline sync.Mutex // orders hurry before settle
 	settled  bool
 
-	aborted  atomic.Bool // local is closed: what still comes is discarded
-	reason   atomic.Uint32
-	finish   sync.Once
-	finished chan struct{} // closed when ended is set or the session is lost
-	pumped   chan struct{} // closed when this end has sent its last frame
+	halfClosed atomic.Bool // our FIN has gone to the local end
+	aborted    atomic.Bool // local is closed: what still comes is discarded
+	reason     atomic.Uint32
+	finish     sync.Once
+	finished   chan struct{} // closed when ended is set or the session is lost
+	pumped     chan struct{} // closed when this end has sent its last frame
 }
 
 // newLocal takes over a flow's local connection. Until the flow is complete,
@@ -93,6 +94,7 @@ func (f *flow) deliver(p []byte) error {
 }
 
 func (f *flow) deliverEnd() {
+	f.halfClosed.Store(true)
 	if !f.aborted.Load() {
 		_ = f.local.conn.CloseWrite()
 	}
@@ -214,12 +216,13 @@ func (f *flow) pump(opening []byte) {
 		}
 		switch {
 		case b != nil:
+			end = end && !f.lost()
 			moved += n
 			if !f.sendData(b, n, opening, record, end) || end {
 				return
 			}
 			opening = nil
-		case errors.Is(err, io.EOF):
+		case errors.Is(err, io.EOF) && !f.lost():
 			f.end()
 			return
 		default:
@@ -229,6 +232,11 @@ func (f *flow) pump(opening []byte) {
 		}
 	}
 }
+
+// lost says whether what reads like the end of the local connection was a RST:
+// the kernel reports it once, and delivering may have been told first. Then the
+// socket is closed though we have not half-closed it.
+func (f *flow) lost() bool { return !f.halfClosed.Load() && f.local.closed() }
 
 // sendData sends the n bytes at b.data[headroom:], after opening if there is one
 // and followed by END if that is all.

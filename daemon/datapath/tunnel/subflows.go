@@ -15,6 +15,7 @@ const (
 	mptcpTCPInfo       = 2 // MPTCP_TCPINFO
 	mptcpSubflowAddrs  = 3 // MPTCP_SUBFLOW_ADDRS
 	tcpEstablished     = 1 // TCP_ESTABLISHED, include/net/tcp_states.h
+	tcpClose           = 7 // TCP_CLOSE
 	maxSubflows        = 64
 	sizeSubflowData    = 16  // struct mptcp_subflow_data, 8-byte aligned
 	sizeSockaddr       = 128 // struct __kernel_sockaddr_storage

@@ -301,6 +301,68 @@ func TestClientResetReachesTheServer(t *testing.T) {
 	b.mustEcho(1000)
 }
 
+// The kernel reports a RST once: whoever reads first must pass it on, also when
+// it comes right behind the data.
+func TestResetRightBehindData(t *testing.T) {
+	for range 50 {
+		client, routed := tcpPair(t)
+		s, err := newSocket(routed)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, _ = client.Write([]byte("data"))
+		_ = client.SetLinger(0)
+		_ = client.Close()
+		for {
+			b, n, end, err := s.readShort(headroom, recordPayload)
+			if b != nil {
+				b.release()
+			}
+			if end || errors.Is(err, io.EOF) {
+				t.Fatalf("after %d bytes the RST looked like an end", n)
+			}
+			if err != nil {
+				break
+			}
+		}
+	}
+}
+
+// A client that goes away by RST while it is being written to: its upload must
+// not look complete, whichever goroutine the kernel tells first.
+func TestResetOfABusyClientIsNoEnd(t *testing.T) {
+	b := newBond(t)
+	seen := make(chan error, 1)
+	to := destination(t, func(c *net.TCPConn) {
+		go func() {
+			block := make([]byte, 65536)
+			for {
+				if _, err := c.Write(block); err != nil {
+					return
+				}
+			}
+		}()
+		_, err := io.Copy(io.Discard, c)
+		if s, socketErr := newSocket(c); socketErr != nil || s.closed() {
+			err = unix.ECONNRESET // its writer may have been told, and not its reader
+		}
+		seen <- err
+	})
+	for range 30 {
+		client, result := b.connect(to)
+		_, _ = client.Write([]byte("part of an upload"))
+		if _, err := io.ReadFull(client, make([]byte, 200_000)); err != nil {
+			t.Fatal(err)
+		}
+		_ = client.SetLinger(0)
+		_ = client.Close()
+		if err := await(t, seen, "server"); err == nil {
+			t.Fatal("the server saw a clean end of an upload that was cut off")
+		}
+		await(t, result, "relay")
+	}
+}
+
 func TestServerResetReachesTheClient(t *testing.T) {
 	b := newBond(t)
 	to := destination(t, func(c *net.TCPConn) {
