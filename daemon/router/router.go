@@ -257,7 +257,8 @@ func (r *Router) setPeer() {
 	}
 	r.pool.SetPeer(&tunnel.Peer{
 		Identity: r.state.identity, Concentrator: e.Key, Addresses: e.Addresses,
-		Multipath: s.Multipath.Enabled, Variant: fmt.Sprint(s.Multipath), Software: "sheafd " + r.config.Version,
+		Multipath: s.Multipath.Enabled, Joins: s.Multipath.Enabled && s.Multipath.PathManager == settings.PathManagerFullmesh,
+		Variant: fmt.Sprint(s.Multipath), Software: "sheafd " + r.config.Version,
 	})
 }
 

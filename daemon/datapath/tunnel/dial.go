@@ -18,6 +18,9 @@ type Peer struct {
 	Addresses    []string  // host:port, in the order to be tried
 	// Multipath asks for MPTCP; false dials plain TCP.
 	Multipath bool
+	// Joins says that the kernel opens a subflow over every path, so that a
+	// session without one is not as it should be.
+	Joins bool
 	// Variant is any text: sessions dialled under another one are replaced. It
 	// stands for settings that the kernel applies to new connections only.
 	Variant  string

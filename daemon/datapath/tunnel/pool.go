@@ -25,10 +25,16 @@ const (
 	// A path whose dial failed is left alone for minRetry, doubled up to maxRetry.
 	minRetry = 250 * time.Millisecond
 	maxRetry = 3 * time.Second
-	// A path strips MPTCP when this many sessions in a row fell back to plain TCP;
-	// fewer are closed and dialled again. It is then ranked last for plainRetry.
+	// A path strips MPTCP when this many sessions, dialled one after the other,
+	// fell back to plain TCP; until then they are closed. It is then ranked last
+	// for plainRetry, and tried anew.
 	plainInARow = 3
-	plainRetry  = 10 * time.Minute
+	plainRetry  = time.Minute
+	// joinTime is how long a new session may take to be joined by all subflows.
+	joinTime = 3 * time.Second
+	// probeEvery is how often a session is replaced to see whether a path that
+	// none could join can be joined by now.
+	probeEvery = 20 * time.Second
 	// betterBy is how much lower another path's round-trip time must be before
 	// the pool moves to it: the kernel's scheduler prefers a session's first
 	// subflow, so where a session was dialled from decides its latency.
@@ -72,6 +78,8 @@ type Pool struct {
 	dialling int
 	opened   int // flows since the last decay: how many idle sessions a burst may need
 	lastErr  error
+
+	nextProbe time.Time // when a path that no session could join is next tried
 }
 
 // pooled is what the pool knows of a session.
@@ -80,6 +88,7 @@ type pooled struct {
 	peer   *Peer
 	path   string    // empty once the path it was dialled from is gone
 	pinged bool      // a ping is under way
+	since  time.Time // when it was dialled
 	used   time.Time // when its last flow ended
 }
 
@@ -90,6 +99,7 @@ type trouble struct {
 	until    time.Time // not dialled before
 	err      error
 	fellBack int       // sessions in a row that fell back to plain TCP
+	fellAt   time.Time // the last of them
 	plain    time.Time // when it was last found to strip MPTCP
 }
 
@@ -175,7 +185,7 @@ func (p *Pool) Run(ctx context.Context) {
 			}
 			return
 		case <-tick.C:
-			p.measure()
+			p.measure(time.Now())
 		case <-p.kick:
 		}
 	}
@@ -415,19 +425,23 @@ func (p *Pool) weight(path Path) time.Duration {
 }
 
 // measure learns the paths' round-trip times from the subflows of live
-// sessions, and forgets old bursts.
-func (p *Pool) measure() {
-	const sample = 16
+// sessions, forgets old bursts, and finds idle sessions that lack a subflow.
+func (p *Pool) measure(now time.Time) {
+	const sample = 16 // of the sessions in use
 	p.mu.Lock()
 	p.opened -= (p.opened + 3) / 4
-	some := make([]*Session, 0, sample)
-	for s := range p.sessions {
-		if some = append(some, s); len(some) == sample {
+	some := slices.Clone(p.idle)
+	for _, s := range p.sessions {
+		if len(some) >= len(p.idle)+sample {
 			break
+		}
+		if !slices.Contains(p.idle, s) {
+			some = append(some, s)
 		}
 	}
 	p.mu.Unlock()
-	seen := map[netip.Addr]time.Duration{}
+	rtt := map[netip.Addr]time.Duration{}
+	joined := map[*pooled][]netip.Addr{}
 	for _, s := range some {
 		subflows, err := s.Subflows()
 		if err != nil {
@@ -435,16 +449,57 @@ func (p *Pool) measure() {
 		}
 		for _, f := range subflows {
 			a := f.Local.Addr()
-			if d, ok := seen[a]; f.MinRTT > 0 && (!ok || f.MinRTT < d) {
-				seen[a] = f.MinRTT
+			if d, ok := rtt[a]; f.MinRTT > 0 && (!ok || f.MinRTT < d) {
+				rtt[a] = f.MinRTT
 			}
+			joined[s] = append(joined[s], a)
 		}
 	}
 	p.mu.Lock()
-	for a, d := range seen {
+	defer p.mu.Unlock()
+	for a, d := range rtt {
 		p.rtt[a] = d
 	}
-	p.mu.Unlock()
+	if p.peer == nil || !p.peer.Joins {
+		return
+	}
+	probe := !now.Before(p.nextProbe)
+	for _, s := range incomplete(p.paths, p.idle, joined, now, probe) {
+		s.path = "" // to be replaced
+	}
+	if probe {
+		p.nextProbe = now.Add(probeEvery)
+	}
+}
+
+// incomplete lists idle sessions to be replaced because they lack a subflow of
+// a fit path, which the kernel does not try again by itself: those whose path
+// others have joined, and, as a probe, one of those whose path none has.
+func incomplete(paths []Path, idle []*pooled, joined map[*pooled][]netip.Addr, now time.Time, probe bool) []*pooled {
+	has := func(s *pooled, path Path) bool {
+		return slices.ContainsFunc(path.Sources, func(a netip.Addr) bool { return slices.Contains(joined[s], a) })
+	}
+	var list []*pooled
+	for _, path := range paths {
+		var lacking []*pooled
+		others := false
+		for s := range joined {
+			others = others || has(s, path)
+		}
+		for _, s := range idle {
+			if s.multipath && s.path != "" && now.Sub(s.since) > joinTime && len(joined[s]) > 0 && !has(s, path) && !slices.Contains(list, s) {
+				lacking = append(lacking, s)
+			}
+		}
+		if !others {
+			lacking = lacking[:min(len(lacking), 1)]
+			if !probe {
+				lacking = nil
+			}
+		}
+		list = append(list, lacking...)
+	}
+	return list
 }
 
 // attempt is one way to reach the concentrator.
@@ -539,7 +594,7 @@ func (p *Pool) dialOne(ctx context.Context, peer *Peer, ranked []Path) {
 			}
 		}
 	}()
-	p.add(won.session, won.path.Name, peer)
+	p.add(won.session, won.path.Name, peer, begun)
 }
 
 // reachedSince says whether a dial over the path has succeeded since then.
@@ -576,8 +631,9 @@ func (p *Pool) note(path string, err error) {
 	t.failures++
 }
 
-// add takes a new session into the pool and reads it until it ends.
-func (p *Pool) add(s *Session, path string, peer *Peer) {
+// add takes a new session, whose dial began at begun, into the pool and reads it
+// until it ends.
+func (p *Pool) add(s *Session, path string, peer *Peer, begun time.Time) {
 	p.mu.Lock()
 	p.dialling--
 	if !peer.serves(p.peer) {
@@ -590,27 +646,31 @@ func (p *Pool) add(s *Session, path string, peer *Peer) {
 		t = new(trouble)
 		p.trouble[path] = t
 	}
-	*t = trouble{reached: time.Now(), plain: t.plain, fellBack: t.fellBack}
+	*t = trouble{reached: time.Now(), plain: t.plain, fellBack: t.fellBack, fellAt: t.fellAt}
 	if peer.Multipath && !s.multipath {
-		if t.fellBack++; t.fellBack < plainInARow {
+		if begun.After(t.fellAt) {
+			t.fellBack++
+			t.fellAt = time.Now()
+		}
+		if t.fellBack < plainInARow {
 			p.mu.Unlock()
 			s.Close()
 			p.wake()
 			return
 		}
-		if time.Since(t.plain) > plainRetry {
+		if t.plain.IsZero() {
 			p.log.Warn("sessions fall back to plain TCP: something on the path strips MPTCP, or the concentrator's kernel has it off",
 				"uplink", path, "concentrator", s.wire.RemoteAddr())
 		}
 		t.plain = time.Now()
 	} else {
-		t.fellBack, t.plain = 0, time.Time{}
+		t.fellBack, t.fellAt, t.plain = 0, time.Time{}, time.Time{}
 	}
 	if p.lastErr != nil || len(p.sessions) == 0 {
 		p.log.Info("reached the concentrator", "uplink", path, "concentrator", s.wire.RemoteAddr(), "multipath", s.multipath)
 	}
 	p.lastErr = nil
-	known := &pooled{Session: s, peer: peer, path: path}
+	known := &pooled{Session: s, peer: peer, path: path, since: time.Now()}
 	p.sessions[s] = known
 	if len(p.waiting) > 0 {
 		p.offer(known)

@@ -52,7 +52,7 @@ func TestRank(t *testing.T) {
 		},
 		{
 			name: "a path that strips MPTCP comes after one that does not", paths: []Path{path("a", false), path("b", false)},
-			trouble: map[string]trouble{"a": {plain: now.Add(-time.Minute)}}, want: "b a",
+			trouble: map[string]trouble{"a": {plain: now.Add(-time.Second)}}, want: "b a",
 		},
 		{
 			name: "until it is tried again", paths: []Path{path("a", false), path("b", false)},
@@ -135,6 +135,51 @@ func TestChoosesRestedSessions(t *testing.T) {
 		p := &Pool{best: "best", idle: c.idle}
 		if got := p.choose(now); got != c.want {
 			t.Errorf("%s: chose %d, want %d", c.name, got, c.want)
+		}
+	}
+}
+
+func TestIncompleteSessionsAreReplaced(t *testing.T) {
+	now := time.Now()
+	a, b := netip.MustParseAddr("10.1.0.2"), netip.MustParseAddr("10.2.0.2")
+	paths := []Path{{Name: "a", Sources: []netip.Addr{a}}, {Name: "b", Sources: []netip.Addr{b}}}
+	for _, c := range []struct {
+		name  string
+		has   []string // of each session: the paths that have a subflow, "new" for one just dialled
+		probe bool
+		want  string // indexes
+	}{
+		{"all complete", []string{"a b", "b a"}, true, ""},
+		{"others have joined it", []string{"a b", "a", "a", "b"}, false, "3 1 2"},
+		{"too young to tell", []string{"a b", "a new"}, true, ""},
+		{"nobody has: wait for the probe", []string{"a", "a"}, false, ""},
+		{"nobody has: one is the probe", []string{"a", "a"}, true, "0"},
+		{"plain TCP joins nothing", []string{"a b", "a plain"}, true, ""},
+	} {
+		var idle []*pooled
+		joined := map[*pooled][]netip.Addr{}
+		for _, text := range c.has {
+			s := &pooled{Session: &Session{multipath: true}, path: "a", since: now.Add(-time.Hour)}
+			for _, word := range strings.Fields(text) {
+				switch word {
+				case "a":
+					joined[s] = append(joined[s], a)
+				case "b":
+					joined[s] = append(joined[s], b)
+				case "new":
+					s.since = now
+				case "plain":
+					s.multipath = false
+				}
+			}
+			idle = append(idle, s)
+		}
+		var got []string
+		for _, s := range incomplete(paths, idle, joined, now, c.probe) {
+			got = append(got, fmt.Sprint(slices.Index(idle, s)))
+		}
+		if strings.Join(got, " ") != c.want {
+			t.Errorf("%s: replaces %v, want %s", c.name, got, c.want)
 		}
 	}
 }
