@@ -36,8 +36,8 @@ bench: build ## the figures, as ratios within one run (PART=shaped, small, many 
 
 .PHONY: test
 test: need-test build lint ## everything that must pass: lint, import law, unit tests, end to end in namespaces
-	CGO_ENABLED=1 go test -race -tags $(TAGS) -timeout 15m $$(go list -tags $(TAGS) ./... | grep -v /netlab/deploy)
-	SHEAF_BINARIES=$(CURDIR)/$(BIN) go test -tags $(TAGS) -timeout 20m -v ./daemon/netlab/deploy
+	CGO_ENABLED=1 go test -count=1 -race -tags $(TAGS) -timeout 15m $$(go list -tags $(TAGS) ./... | grep -v /netlab/deploy)
+	SHEAF_BINARIES=$(CURDIR)/$(BIN) go test -count=1 -tags $(TAGS) -timeout 20m -v ./daemon/netlab/deploy
 	@echo "all tests passed"
 
 .PHONY: unit

@@ -8,43 +8,15 @@ import (
 	"io"
 	"net/netip"
 	"os"
-	"os/signal"
-	"syscall"
 	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
 
+	"sheaf/cmd/internal/daemon"
 	"sheaf/daemon/concentrator"
 	"sheaf/webui"
 )
-
-// Exit codes, as everywhere in Sheaf.
-const (
-	exitFailed = 1
-	exitUsage  = 2
-)
-
-// usageError marks errors of the command line itself.
-type usageError struct{ error }
-
-func run(args []string, stdout, stderr io.Writer) int {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	command := newCommand(stdout, stderr)
-	command.SetArgs(args)
-	err := command.ExecuteContext(ctx)
-	if err == nil {
-		return 0
-	}
-	_, _ = fmt.Fprintln(stderr, "concentratord:", err)
-	var usage usageError
-	if errors.As(err, &usage) {
-		_, _ = fmt.Fprintln(stderr, "concentratord: run 'concentratord --help' for usage")
-		return exitUsage
-	}
-	return exitFailed
-}
 
 // commands works beside a running daemon, and on a stopped one.
 type commands interface {
@@ -53,7 +25,7 @@ type commands interface {
 	RemoveRouter(ctx context.Context, name string) error
 }
 
-func newCommand(stdout, stderr io.Writer) *cobra.Command {
+func newCommand() *cobra.Command {
 	config := concentrator.Config{}
 	var allowed []string
 	var verbose bool
@@ -61,33 +33,22 @@ func newCommand(stdout, stderr io.Writer) *cobra.Command {
 		for _, text := range allowed {
 			prefix, err := parsePrefix(text)
 			if err != nil {
-				return usageError{err}
+				return daemon.Usage(err)
 			}
 			config.Allowed = append(config.Allowed, prefix)
 		}
-		config.Log = newLog(stderr, verbose)
+		config.Log = daemon.Log(c.ErrOrStderr(), verbose)
 		config.Log.Info("concentratord starts", "version", version)
 		return concentrator.Run(c.Context(), config)
 	}
-	noArgs := func(c *cobra.Command, args []string) error {
-		if err := cobra.NoArgs(c, args); err != nil {
-			return usageError{err}
-		}
-		return nil
-	}
+	noArgs := daemon.Args(cobra.NoArgs)
 	root := &cobra.Command{
-		Use:           "concentratord",
-		Short:         "End the tunnels of routers and take their traffic to the Internet",
-		Version:       version,
-		Args:          noArgs,
-		RunE:          serve,
-		SilenceUsage:  true,
-		SilenceErrors: true,
+		Use:     "concentratord",
+		Short:   "End the tunnels of routers and take their traffic to the Internet",
+		Version: version,
+		Args:    noArgs,
+		RunE:    serve,
 	}
-	root.CompletionOptions.DisableDefaultCmd = true
-	root.SetOut(stdout)
-	root.SetErr(stderr)
-	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.PersistentFlags().StringVar(&config.StateDir, "state-dir", "/var/lib/sheaf", "directory of keys, tokens and enrolled routers")
 
 	runFlags := func(c *cobra.Command) {
@@ -99,27 +60,30 @@ func newCommand(stdout, stderr io.Writer) *cobra.Command {
 	runCommand := &cobra.Command{Use: "run", Short: "Run the daemon (the default)", Args: noArgs, RunE: serve}
 	runFlags(runCommand)
 
-	root.AddCommand(runCommand, tokenCommand(&config, noArgs), routersCommand(&config, noArgs), &cobra.Command{
+	root.AddCommand(runCommand, tokenCommand(&config), routersCommand(&config), &cobra.Command{
 		Use:   "cleanup",
 		Short: "Undo what a daemon that was killed left in the kernel",
 		Long:  "Undo what a daemon that was killed left in the kernel. The state directory stays; delete it to forget keys and routers.",
 		Args:  noArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
-			return concentrator.Cleanup(c.Context(), config.StateDir, newLog(stderr, false))
+			return concentrator.Cleanup(c.Context(), config.StateDir, daemon.Log(c.ErrOrStderr(), false))
 		},
 	})
 	return root
 }
 
-func tokenCommand(config *concentrator.Config, noArgs cobra.PositionalArgs) *cobra.Command {
+func tokenCommand(config *concentrator.Config) *cobra.Command {
 	var name string
 	var addresses []string
 	var validity time.Duration
 	c := &cobra.Command{
 		Use:   "token --name NAME --address HOST:PORT",
 		Short: "Print a one-time enrolment token for one router",
-		Args:  noArgs,
+		Args:  daemon.Args(cobra.NoArgs),
 		RunE: func(c *cobra.Command, _ []string) error {
+			if name == "" || len(addresses) == 0 {
+				return daemon.Usage(errors.New("token needs --name and at least one --address"))
+			}
 			return withState(config.StateDir, true, func(do commands) error {
 				token, err := do.CreateToken(c.Context(), name, addresses, validity)
 				if err == nil {
@@ -132,23 +96,18 @@ func tokenCommand(config *concentrator.Config, noArgs cobra.PositionalArgs) *cob
 	c.Flags().StringVar(&name, "name", "", "what to call the router")
 	c.Flags().StringArrayVar(&addresses, "address", nil, "HOST:PORT where the router reaches this concentrator; may be repeated, first choice first")
 	c.Flags().DurationVar(&validity, "valid", concentrator.DefaultValidity, "how long the token can be used")
-	for _, required := range []string{"name", "address"} {
-		if err := c.MarkFlagRequired(required); err != nil {
-			panic(err) // the flag is defined two lines above
-		}
-	}
 	return c
 }
 
-func routersCommand(config *concentrator.Config, noArgs cobra.PositionalArgs) *cobra.Command {
+func routersCommand(config *concentrator.Config) *cobra.Command {
 	var output string
 	list := &cobra.Command{
 		Use:   "routers",
 		Short: "List the enrolled routers",
-		Args:  noArgs,
+		Args:  daemon.Args(cobra.NoArgs),
 		RunE: func(c *cobra.Command, _ []string) error {
 			if output != "text" && output != "json" {
-				return usageError{fmt.Errorf("-o %q: want text or json", output)}
+				return daemon.Usage(fmt.Errorf("-o %q: want text or json", output))
 			}
 			return withState(config.StateDir, false, func(do commands) error {
 				routers, err := do.Routers(c.Context())
@@ -168,12 +127,7 @@ func routersCommand(config *concentrator.Config, noArgs cobra.PositionalArgs) *c
 	list.AddCommand(&cobra.Command{
 		Use:   "remove NAME",
 		Short: "Revoke a router at once, its live sessions included",
-		Args: func(c *cobra.Command, args []string) error {
-			if err := cobra.ExactArgs(1)(c, args); err != nil {
-				return usageError{err}
-			}
-			return nil
-		},
+		Args:  daemon.Args(cobra.ExactArgs(1)),
 		RunE: func(c *cobra.Command, args []string) error {
 			return withState(config.StateDir, false, func(do commands) error {
 				return do.RemoveRouter(c.Context(), args[0])
