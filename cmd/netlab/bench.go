@@ -25,7 +25,7 @@ import (
 
 const (
 	shapedSize   = 80e6
-	shapedRuns   = 3
+	shapedRuns   = 5
 	smallSize    = 10e3
 	smallRuns    = 40
 	manyFlows    = 2000
