@@ -18,6 +18,8 @@ import (
 // restoreTime bounds putting the limits back.
 const restoreTime = 5 * time.Second
 
+const notRaised = "the kernel's limit of subflows was not raised (no CAP_NET_ADMIN?): with a stock limit, three uplinks of a router are used at most"
+
 // raiseLimits lets the kernel accept as many subflows for a connection as a
 // router has uplinks: a stock kernel accepts two besides the first. It returns
 // what puts the limits back. Without the right to change them the concentrator
@@ -25,7 +27,7 @@ const restoreTime = 5 * time.Second
 func raiseLimits(ctx context.Context, store *Store, log *slog.Logger) (restore func()) {
 	k, err := kernel.New()
 	if err != nil {
-		log.Warn("the kernel's MPTCP limits are not read", "error", err)
+		log.Warn(notRaised, "error", err)
 		return func() {}
 	}
 	defer func() { _ = k.Close() }()
@@ -50,7 +52,7 @@ func raiseLimits(ctx context.Context, store *Store, log *slog.Logger) (restore f
 		err = k.Apply(ctx, []desired.Change{desired.SetLimits{Limits: desired.Limits{Subflows: desired.MaxEndpoints, AddAddrAccepted: before.AddAddrAccepted}}})
 	}
 	if err != nil {
-		log.Warn("the kernel's limit of subflows could not be raised, so that at most three uplinks of a router are used", "error", err)
+		log.Warn(notRaised, "error", err)
 		return func() {}
 	}
 	return restore

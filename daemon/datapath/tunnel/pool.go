@@ -566,7 +566,9 @@ func (p *Pool) dialOne(ctx context.Context, peer *Peer, ranked []Path) {
 				won = &r
 				break
 			}
-			p.failed(r.path.Name, fmt.Errorf("%s from %s: %w", r.address, r.source, r.err))
+			if ctx.Err() == nil { // else the daemon is stopping
+				p.failed(r.path.Name, fmt.Errorf("%s from %s: %w", r.address, r.source, r.err))
+			}
 			hedge.Reset(0)
 		}
 	}
