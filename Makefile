@@ -16,7 +16,7 @@ GO_FILES := $(shell git ls-files --cached --others --exclude-standard '*.go' go.
 
 .PHONY: help
 help: ## what there is
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | column -t -s "$$(printf '\t')"
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name what; do printf 'make %-7s %s\n' "$$name" "$$what"; done
 
 .PHONY: build
 build: $(BIN)/.built ## the programs, into bin/

@@ -90,13 +90,15 @@ func demo(ctx context.Context, binaries string, o demoOptions) (err error) {
 				fmt.Println("  -- uplink1 is pulled: every frame is swallowed, nobody is told")
 				pull.set(lab.Uplinks[0].BlackHole(true))
 			})
-			defer timer.Stop()
 			back := time.AfterFunc(pulledAfter+pulledFor, func() {
 				fmt.Println("  -- uplink1 is back")
 				pull.set(lab.Uplinks[0].BlackHole(false))
 			})
-			defer back.Stop()
 			pulled, err := download(ctx, lab, o, fmt.Sprintf("bonded, uplink1 pulled for %v", pulledFor))
+			timer.Stop()
+			if back.Stop() { // a short download may be through before
+				pull.set(lab.Uplinks[0].BlackHole(false))
+			}
 			if err := errors.Join(err, pull.get()); err != nil {
 				return err
 			}
