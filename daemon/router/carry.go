@@ -67,10 +67,7 @@ func reset(c *net.TCPConn) {
 // destination answers.
 func (r *Router) direct(ctx context.Context, client *net.TCPConn, destination netip.AddrPort) {
 	var server *net.TCPConn
-	r.mu.Lock()
-	ways := paths(r.revision.Settings, r.uplinks)
-	r.mu.Unlock()
-	for _, source := range directSources(ways, destination.Addr()) {
+	for _, source := range directSources(r.paths(), destination.Addr()) {
 		dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: source.AsSlice()}, Timeout: directDial}
 		c, err := dialer.DialContext(ctx, "tcp", destination.String())
 		if err == nil {

@@ -193,9 +193,15 @@ func (r *Router) want() (desired.State, error) {
 func (r *Router) reconciled(p reconcile.Pass) {
 	r.mu.Lock()
 	r.lastPass = p
-	ways := paths(r.revision.Settings, r.uplinks)
 	r.mu.Unlock()
-	r.pool.SetPaths(ways)
+	r.pool.SetPaths(r.paths())
+}
+
+// paths are the uplinks that may carry now.
+func (r *Router) paths() []tunnel.Path {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return paths(r.revision.Settings, r.uplinks)
 }
 
 func (r *Router) observe() ([]uplink.Status, error) {
@@ -365,10 +371,7 @@ func (r *Router) join(ctx context.Context, text string) (enrolment, error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, joinTime)
 	defer cancel()
-	r.mu.Lock()
-	ways := paths(r.revision.Settings, r.uplinks)
-	r.mu.Unlock()
-	if err := tunnel.Enrol(ctx, r.state.identity, token, ways, "sheafd "+r.config.Version); err != nil {
+	if err := tunnel.Enrol(ctx, r.state.identity, token, r.paths(), "sheafd "+r.config.Version); err != nil {
 		if refusal := refusalOf(err); refusal != nil {
 			return enrolment{}, refusal
 		}

@@ -380,33 +380,30 @@ func (p *Pool) rank(now time.Time) []Path {
 			ranked = append(ranked, path)
 		}
 	}
-	stripped := func(path Path) int {
-		if t := p.trouble[path.Name]; t != nil && now.Sub(t.plain) < plainRetry {
-			return 1
-		}
-		return 0
-	}
-	failed := func(path Path) int {
-		if t := p.trouble[path.Name]; t != nil {
-			return t.failures
-		}
-		return 0
-	}
-	backup := func(path Path) int {
-		if path.Backup {
-			return 1
-		}
-		return 0
-	}
 	slices.SortStableFunc(ranked, func(a, b Path) int {
 		return cmp.Or(
-			cmp.Compare(min(failed(a), 1), min(failed(b), 1)),
-			cmp.Compare(backup(a), backup(b)),
-			cmp.Compare(stripped(a), stripped(b)),
+			cmp.Compare(p.demerits(a, now), p.demerits(b, now)),
 			cmp.Compare(p.weight(a), p.weight(b)),
 		)
 	})
 	return ranked
+}
+
+// demerits is what counts more than a path's round-trip time: that it failed
+// lately, then that it is a backup, then that it strips MPTCP.
+func (p *Pool) demerits(path Path, now time.Time) int {
+	sum := 0
+	t := p.trouble[path.Name]
+	if t != nil && t.failures > 0 {
+		sum += 4
+	}
+	if path.Backup {
+		sum += 2
+	}
+	if t != nil && now.Sub(t.plain) < plainRetry {
+		sum++
+	}
+	return sum
 }
 
 // weight is a path's round-trip time for ranking: unknown counts as long, and

@@ -121,6 +121,14 @@ func (d *Deployment) File(name, text string) (string, error) {
 
 // Start starts everything and waits until every uplink carries.
 func (d *Deployment) Start() error {
+	if err := d.StartBoth(); err != nil {
+		return err
+	}
+	return d.WaitUp()
+}
+
+// StartBoth starts a concentrator and a router with a token for it.
+func (d *Deployment) StartBoth() error {
 	if err := d.StartConcentrator(); err != nil {
 		return err
 	}
@@ -128,10 +136,7 @@ func (d *Deployment) Start() error {
 	if err != nil {
 		return err
 	}
-	if err := d.StartRouter(d.Settings(token)); err != nil {
-		return err
-	}
-	return d.WaitUp()
+	return d.StartRouter(d.Settings(token))
 }
 
 // WaitUp waits until the tunnel is up over every uplink that is on, with a pool

@@ -744,10 +744,7 @@ func TestRevokedRouterIsCutOff(t *testing.T) {
 func TestStartsWhileTheBestUplinkIsBlackHoled(t *testing.T) {
 	w := newWorld(t)
 	w.need(w.Lab.Uplinks[0].BlackHole(true))
-	w.need(w.StartConcentrator())
-	token, err := w.Token("home")
-	w.need(err)
-	w.need(w.StartRouter(w.Settings(token)))
+	w.need(w.StartBoth())
 	w.need(w.Until("the tunnel is degraded", func(s webui.Status) error {
 		if s.Tunnel.State != "degraded" {
 			return fmt.Errorf("%s: %s", s.Tunnel.State, s.Tunnel.Reason)
@@ -804,10 +801,7 @@ func TestPathManagerAndSwitch(t *testing.T) {
 func TestPlainTCPIsRecognised(t *testing.T) {
 	w := newWorld(t)
 	w.need(w.Lab.Cloud.SetSysctl("net/mptcp/enabled", "0"))
-	w.need(w.StartConcentrator())
-	token, err := w.Token("home")
-	w.need(err)
-	w.need(w.StartRouter(w.Settings(token)))
+	w.need(w.StartBoth())
 	w.need(w.Until("the fallback is shown with its uplink", func(s webui.Status) error {
 		if s.Tunnel.State != "degraded" {
 			return fmt.Errorf("tunnel %s: %s", s.Tunnel.State, s.Tunnel.Reason)
