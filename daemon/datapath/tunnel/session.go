@@ -211,7 +211,7 @@ func (s *Session) readFrames() error {
 			return err
 		}
 		switch {
-		case err == errWouldBlock: //nolint:errorlint // crypto/tls returns our own value unwrapped
+		case errors.Is(err, errWouldBlock):
 			empty = true
 		case err != nil:
 			return err
