@@ -24,6 +24,7 @@ import (
 	"time"
 
 	"github.com/gin-gonic/gin"
+	"github.com/prometheus/client_golang/prometheus"
 
 	"sheaf/daemon/control/settings"
 )
@@ -87,9 +88,10 @@ func NewRouterHandler(r Router, log *slog.Logger) http.Handler {
 }
 
 func newRouterHandler(r Router, log *slog.Logger, timeout time.Duration) http.Handler {
-	h := routerHandler{router: r, reply: reply{log}}
+	h := routerHandler{router: r, runtime: newRuntimeMetrics(), reply: reply{log}}
 	e := newEngine(h.reply, timeout)
 	e.GET("/readyz", h.ready)
+	e.GET("/metrics", h.metrics)
 	v1 := e.Group("/api/v1")
 	v1.GET("/status", h.status)
 	v1.GET("/settings", h.settings)
@@ -143,7 +145,8 @@ func newEngine(rp reply, timeout time.Duration) *gin.Engine {
 }
 
 type routerHandler struct {
-	router Router
+	router  Router
+	runtime prometheus.Gatherer
 	reply
 }
 
@@ -169,10 +172,23 @@ func (h routerHandler) status(c *gin.Context) {
 	// A list without elements is [] and not null, so that readers can iterate.
 	s.Uplinks = orEmpty(s.Uplinks)
 	s.Problems = orEmpty(s.Problems)
+	s.Forwards = orEmpty(s.Forwards)
+	if s.Packets.Drops == nil {
+		s.Packets.Drops = map[string]uint64{}
+	}
 	s.LAN.Interfaces = orEmpty(s.LAN.Interfaces)
 	s.Multipath.AvailableSchedulers = orEmpty(s.Multipath.AvailableSchedulers)
 	s.Multipath.AvailablePathManagers = orEmpty(s.Multipath.AvailablePathManagers)
 	c.JSON(http.StatusOK, s)
+}
+
+func (h routerHandler) metrics(c *gin.Context) {
+	s, err := h.router.Status(c.Request.Context())
+	if err != nil {
+		h.fail(c, err)
+		return
+	}
+	h.reply.metrics(c, h.runtime, routerSamples(s))
 }
 
 func (h routerHandler) settings(c *gin.Context) {

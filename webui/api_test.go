@@ -163,7 +163,8 @@ func TestRouterEndpoints(t *testing.T) {
 			status: 503, mime: mimeProblem, asked: "status", body: []string{`"code":"tunnel_down"`}},
 		"status": {request: request{method: "GET", path: "/api/v1/status"}, router: fakeRouter{status: up},
 			status: 200, mime: "application/json", asked: "status",
-			body: []string{`"state":"up"`, `"uplinks":[]`, `"problems":[]`, `"interfaces":[]`, `"available_schedulers":[]`, `"available_path_managers":[]`}},
+			body: []string{`"state":"up"`, `"uplinks":[]`, `"problems":[]`, `"interfaces":[]`, `"available_schedulers":[]`, `"available_path_managers":[]`,
+				`"forwards":[]`, `"drops":{}`, `"dns":{"server":"","through":""}`}},
 		"settings as JSON": {request: request{method: "GET", path: "/api/v1/settings"},
 			status: 200, mime: "application/json", asked: "settings",
 			body: []string{`"revision":7`, `"time":"2026-03-04T05:06:07Z"`, `"author":"anna"`, `"settings":{"version":1`, `"name":"dsl"`}},
@@ -306,7 +307,10 @@ func TestFailuresAreLoggedNotTold(t *testing.T) {
 func TestClient(t *testing.T) {
 	ctx := t.Context()
 	want := Status{Version: "1.2", Tunnel: TunnelStatus{State: "up", Flows: 3},
-		Uplinks:   []UplinkStatus{{Name: "dsl", RTTMs: new(12.5)}},
+		Uplinks:   []UplinkStatus{{Name: "dsl", RTTMs: new(12.5), Carrier: "stream", CarrierReason: "UDP is lost", PacketLoss: new(0.25)}},
+		Packets:   PacketStatus{State: "up", Address4: "10.83.0.7", MTU: 1400, Drops: map[string]uint64{"late": 2}},
+		Forwards:  []ForwardStatus{{Name: "web", Protocol: "tcp", Port: 8080, To: "192.168.1.10:80", Source: "client", State: "active"}},
+		DNS:       DNSStatus{Server: "10.83.0.1", Through: "tunnel"},
 		Problems:  []string{"a problem"},
 		LAN:       LANStatus{Interfaces: []InterfaceStatus{{Name: "lan0", Present: true}}},
 		Multipath: MultipathStatus{AvailableSchedulers: []string{"default"}, AvailablePathManagers: []string{"fullmesh"}}}

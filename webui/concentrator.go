@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/gin-gonic/gin"
+	"github.com/prometheus/client_golang/prometheus"
 )
 
 // maxValidity bounds how long an enrolment token may wait to be used.
@@ -39,6 +40,31 @@ type EnrolledRouter struct {
 	Flows    int    `json:"flows"`
 	RxBytes  uint64 `json:"rx_bytes"`
 	TxBytes  uint64 `json:"tx_bytes"`
+	// Inner4 and Inner6 are its addresses inside the tunnel.
+	Inner4 string `json:"inner4"`
+	Inner6 string `json:"inner6"`
+	// Carriers are those that bring packets now.
+	Carriers   []RouterCarrier   `json:"carriers"`
+	PacketsRx  uint64            `json:"packets_rx"` // from the router
+	PacketsTx  uint64            `json:"packets_tx"`
+	Duplicates uint64            `json:"duplicates"` // second copies of interactive packets
+	Reordered  uint64            `json:"reordered"`  // delivered after a later one
+	Drops      map[string]uint64 `json:"drops"`      // packets not delivered, by reason
+	// Forwards are the router's forwards that are active.
+	Forwards []RouterForward `json:"forwards"`
+}
+
+// RouterCarrier is one way by which a router's packets come.
+type RouterCarrier struct {
+	Link    string `json:"link"`    // the router's name of the uplink; empty for stream
+	Carrier string `json:"carrier"` // datagram, stream
+}
+
+// RouterForward is a port that the concentrator has opened for a router.
+type RouterForward struct {
+	Protocol string `json:"protocol"` // tcp, udp
+	Port     uint16 `json:"port"`
+	To       string `json:"to,omitempty"` // where it leads, if that is known here
 }
 
 // tokenBody is the body of POST /api/v1/tokens.
@@ -55,8 +81,9 @@ type tokenReply struct {
 
 // NewConcentratorHandler serves the API of the concentrator daemon.
 func NewConcentratorHandler(con Concentrator, log *slog.Logger) http.Handler {
-	h := concentratorHandler{concentrator: con, reply: reply{log}}
+	h := concentratorHandler{concentrator: con, runtime: newRuntimeMetrics(), reply: reply{log}}
 	e := newEngine(h.reply, requestTimeout)
+	e.GET("/metrics", h.metrics)
 	v1 := e.Group("/api/v1")
 	v1.POST("/tokens", h.createToken)
 	v1.GET("/routers", h.routers)
@@ -66,6 +93,7 @@ func NewConcentratorHandler(con Concentrator, log *slog.Logger) http.Handler {
 
 type concentratorHandler struct {
 	concentrator Concentrator
+	runtime      prometheus.Gatherer
 	reply
 }
 
@@ -97,7 +125,24 @@ func (h concentratorHandler) routers(c *gin.Context) {
 		h.fail(c, err)
 		return
 	}
-	c.JSON(http.StatusOK, orEmpty(list))
+	list = append([]EnrolledRouter{}, list...)
+	for i := range list {
+		r := &list[i]
+		r.Carriers, r.Forwards = orEmpty(r.Carriers), orEmpty(r.Forwards)
+		if r.Drops == nil {
+			r.Drops = map[string]uint64{}
+		}
+	}
+	c.JSON(http.StatusOK, list)
+}
+
+func (h concentratorHandler) metrics(c *gin.Context) {
+	list, err := h.concentrator.Routers(c.Request.Context())
+	if err != nil {
+		h.fail(c, err)
+		return
+	}
+	h.reply.metrics(c, h.runtime, concentratorSamples(list))
 }
 
 func (h concentratorHandler) removeRouter(c *gin.Context) {

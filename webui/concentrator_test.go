@@ -41,14 +41,20 @@ func TestConcentrator(t *testing.T) {
 	res, body := raw(t, c, request{method: "GET", path: "/api/v1/routers"})
 	check(t, nil, fmt.Sprint(res.StatusCode, body), "200[]")
 	con.routers = []EnrolledRouter{
-		{Name: "home", Fingerprint: "f00d", EnrolledAt: when, LastSeen: &when, Address: "198.51.100.7:5000", Sessions: 2, Flows: 3, RxBytes: 4, TxBytes: 5},
-		{Name: "new", EnrolledAt: when},
+		{Name: "home", Fingerprint: "f00d", EnrolledAt: when, LastSeen: &when, Address: "198.51.100.7:5000", Sessions: 2, Flows: 3, RxBytes: 4, TxBytes: 5,
+			Inner4: "10.83.0.7", Inner6: "fd00:1:2:6::1", PacketsRx: 6, PacketsTx: 7, Duplicates: 8, Reordered: 9, Drops: map[string]uint64{"spoofed": 10},
+			Carriers: []RouterCarrier{{Link: "dsl", Carrier: "datagram"}, {Carrier: "stream"}},
+			Forwards: []RouterForward{{Protocol: "tcp", Port: 8080, To: "192.168.1.10:80"}}},
+		{Name: "new", EnrolledAt: when, Carriers: []RouterCarrier{}, Forwards: []RouterForward{}, Drops: map[string]uint64{}},
 	}
 	list, err := c.Routers(ctx)
 	check(t, err, list, con.routers)
+	con.routers = []EnrolledRouter{{Name: "new", EnrolledAt: when}}
 	_, body = raw(t, c, request{method: "GET", path: "/api/v1/routers"})
-	if !strings.Contains(body, `"last_seen":null`) {
-		t.Errorf("a router never seen is not null: %s", body)
+	for _, part := range []string{`"last_seen":null`, `"carriers":[]`, `"forwards":[]`, `"drops":{}`} {
+		if !strings.Contains(body, part) {
+			t.Errorf("%s is not in the answer about a router never seen: %s", part, body)
+		}
 	}
 
 	check(t, c.RemoveRouter(ctx, "home office"), con.asked, "remove home office")

@@ -11,6 +11,9 @@ type Status struct {
 	Concentrator ConcentratorStatus `json:"concentrator"`
 	LAN          LANStatus          `json:"lan"`
 	Settings     SettingsStatus     `json:"settings"`
+	Packets      PacketStatus       `json:"packets"`
+	Forwards     []ForwardStatus    `json:"forwards"`
+	DNS          DNSStatus          `json:"dns"`
 	// Problems are sentences an operator should read, most serious first.
 	Problems []string `json:"problems"`
 }
@@ -50,6 +53,59 @@ type UplinkStatus struct {
 	// PlainTCP says that sessions over this uplink fell back to plain TCP:
 	// something on the path strips MPTCP.
 	PlainTCP bool `json:"plain_tcp"`
+	// Carrier is what takes packets other than TCP flows over this uplink:
+	// datagram (a QUIC connection of its own), stream (MPTCP sessions that it
+	// shares with other uplinks) or nothing.
+	Carrier       string `json:"carrier"`
+	CarrierReason string `json:"carrier_reason"` // why it is not datagram
+	// PacketsTx to PacketRTTMs are of its datagram carrier. What the stream
+	// carrier takes is spread by the kernel and counts in Packets alone.
+	PacketsTx uint64 `json:"packets_tx"`
+	PacketsRx uint64 `json:"packets_rx"`
+	// PacketLoss is the share of packets lost lately, 0 to 1.
+	PacketLoss *float64 `json:"packet_loss"`
+	// PacketRTTMs is the smoothed round-trip time of packets, in milliseconds.
+	PacketRTTMs *float64 `json:"packet_rtt_ms"`
+}
+
+// PacketStatus is the path of everything that is not a TCP flow. Its counters
+// begin with the daemon.
+type PacketStatus struct {
+	State string `json:"state"` // up, down
+	// Address4 and Address6 are the router's inner addresses, empty until the
+	// concentrator has given them.
+	Address4  string `json:"address4"`
+	Address6  string `json:"address6"`
+	MTU       int    `json:"mtu"`        // bytes
+	TxPackets uint64 `json:"tx_packets"` // into the tunnel
+	RxPackets uint64 `json:"rx_packets"` // out of the tunnel
+	// Duplicates counts second copies of interactive packets, Reordered those
+	// that were delivered after a later one.
+	Duplicates uint64 `json:"duplicates"`
+	Reordered  uint64 `json:"reordered"`
+	// Drops counts the packets that were not delivered, by reason.
+	Drops map[string]uint64 `json:"drops"`
+	// TUNRestarts counts how often the TUN device was made anew.
+	TUNRestarts uint64 `json:"tun_restarts"`
+}
+
+// ForwardStatus is one port forward of the settings.
+type ForwardStatus struct {
+	Name     string `json:"name"`
+	Protocol string `json:"protocol"` // tcp, udp
+	Port     uint16 `json:"port"`     // at the concentrator
+	To       string `json:"to"`       // host:port in the LAN
+	Source   string `json:"source"`   // client, router
+	// State is active, refused by the concentrator, or pending as long as it
+	// has not answered.
+	State  string `json:"state"`
+	Reason string `json:"reason"`
+}
+
+// DNSStatus tells where queries to the router's own address go.
+type DNSStatus struct {
+	Server  string `json:"server"`  // address; empty while nobody is asked
+	Through string `json:"through"` // tunnel, "uplink NAME" or nothing
 }
 
 // MultipathStatus sets what the operator wants beside what the kernel does.

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -8,6 +9,8 @@ import (
 	"io"
 	"net/netip"
 	"os"
+	"strconv"
+	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -139,16 +142,28 @@ func routersCommand(config *concentrator.Config) *cobra.Command {
 
 func printRouters(w io.Writer, routers []webui.EnrolledRouter) error {
 	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	_, _ = fmt.Fprintln(table, "NAME\tENROLLED\tLAST SEEN\tADDRESS\tSESSIONS\tFLOWS\tKEY")
+	_, _ = fmt.Fprintln(table, "NAME\tENROLLED\tLAST SEEN\tADDRESS\tINNER IPV4\tINNER IPV6\tSESSIONS\tFLOWS\tCARRIERS\tKEY")
 	for _, r := range routers {
 		seen, address := "-", "-"
 		if r.LastSeen != nil {
 			seen, address = r.LastSeen.Format(time.DateTime), r.Address
 		}
-		_, _ = fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%d\t%d\t%s\n",
-			r.Name, r.EnrolledAt.Format(time.DateTime), seen, address, r.Sessions, r.Flows, r.Fingerprint)
+		_, _ = fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%d\t%d\t%s\t%s\n",
+			r.Name, r.EnrolledAt.Format(time.DateTime), seen, address, cmp.Or(r.Inner4, "-"), cmp.Or(r.Inner6, "-"),
+			r.Sessions, r.Flows, carriers(r.Carriers), r.Fingerprint)
 	}
 	return table.Flush()
+}
+
+// carriers names what brings a router's packets, uplinks as the router calls them.
+func carriers(list []webui.RouterCarrier) string {
+	var names []string
+	for _, c := range list {
+		// The router chose the name of the link: it must not steer a terminal.
+		name := strconv.Quote(c.Link)
+		names = append(names, strings.TrimPrefix(name[1:len(name)-1]+" "+c.Carrier, " "))
+	}
+	return cmp.Or(strings.Join(names, ", "), "-")
 }
 
 // withState runs do against the daemon on the state directory, or against the

@@ -1,13 +1,17 @@
 package main
 
-// The path of a Status to a person: Status ─▶ writeStatus ─▶ labelled lines and
-// writeUplinks ─▶ columns as wide as their widest cell.
+// The path of a Status to a person: Status ─▶ writeStatus ─▶ labelled lines, and
+// writeUplinks and writeForwards ─▶ writeTable, columns as wide as their widest
+// cell.
 
 import (
 	"bytes"
+	"cmp"
 	"fmt"
 	"io"
+	"maps"
 	"os"
+	"slices"
 	"strings"
 	"unicode"
 	"unicode/utf8"
@@ -28,6 +32,16 @@ func writeStatus(w *bytes.Buffer, s webui.Status, color bool) {
 	}
 	fmt.Fprintf(w, "%-13s %s%s\n", "tunnel", paint(printable(s.Tunnel.State), color), reason)
 	line("flows", "%d in the tunnel, %d direct", s.Tunnel.Flows, s.Tunnel.DirectFlows)
+	// A daemon from before there was a packet path says nothing about it.
+	if p := s.Packets; p.State != "" {
+		fmt.Fprintf(w, "%-13s %s%s\n", "packets", paint(printable(p.State), color), printable(packets(p)))
+		if list := drops(p.Drops); list != "" {
+			line("drops", "%s", list)
+		}
+	}
+	if d := s.DNS; d.Server != "" {
+		line("dns", "%s through %s", d.Server, or(strings.Replace(d.Through, "tunnel", "the tunnel", 1), "-"))
+	}
 	if c := s.Concentrator; c.Address == "" {
 		line("concentrator", "not joined; run 'sheafctl join TOKEN'")
 	} else {
@@ -53,6 +67,10 @@ func writeStatus(w *bytes.Buffer, s webui.Status, color bool) {
 
 	w.WriteByte('\n')
 	writeUplinks(w, s.Uplinks, false, color)
+	if len(s.Forwards) > 0 {
+		w.WriteString("\nforwards\n")
+		writeForwards(w, s.Forwards, color)
+	}
 	if len(s.Problems) > 0 {
 		w.WriteString("\nproblems\n")
 	}
@@ -79,22 +97,79 @@ func writeUplinks(w *bytes.Buffer, uplinks []webui.UplinkStatus, totals, color b
 		w.WriteString("no uplinks\n")
 		return
 	}
-	const stateColumn = 3
-	rows := [][]string{{"NAME", "INTERFACE", "MODE", "STATE", "RTT", "LOSS", "RX", "TX", "SUBFLOWS", "ADDRESS", "REASON"}}
+	rows := [][]string{{"NAME", "INTERFACE", "MODE", "STATE", "RTT", "LOSS", "RX", "TX", "SUBFLOWS", "CARRIER", "ADDRESS", "REASON"}}
 	for _, u := range uplinks {
 		rx, tx := humanize(float64(u.RxBps), "bit/s"), humanize(float64(u.TxBps), "bit/s")
 		if totals {
 			rx += ", " + humanize(float64(u.RxBytes), "B")
 			tx += ", " + humanize(float64(u.TxBytes), "B")
 		}
-		reason := u.Reason
-		if u.PlainTCP {
-			reason = strings.TrimPrefix(reason+"; plain TCP, its path strips MPTCP", "; ")
-		}
 		rows = append(rows, []string{u.Name, u.Interface, u.Mode, u.State, milliseconds(u.RTTMs), percent(u.Loss),
-			rx, tx, fmt.Sprint(u.Subflows), or(u.Address, "-"), or(reason, "-")})
+			rx, tx, fmt.Sprint(u.Subflows), or(u.Carrier, "-"), or(u.Address, "-"), or(uplinkReason(u), "-")})
 	}
-	widths := make([]int, len(rows[0]))
+	writeTable(w, rows, []string{"RTT", "LOSS", "RX", "TX", "SUBFLOWS"}, color)
+}
+
+// uplinkReason is all that keeps an uplink from carrying as well as it could.
+func uplinkReason(u webui.UplinkStatus) string {
+	var reasons []string
+	if u.Reason != "" {
+		reasons = append(reasons, u.Reason)
+	}
+	if u.PlainTCP {
+		reasons = append(reasons, "plain TCP, its path strips MPTCP")
+	}
+	// The reason of an uplink that carries nothing at all is that of its packets.
+	if u.CarrierReason != "" && u.CarrierReason != u.Reason {
+		reasons = append(reasons, "packets: "+u.CarrierReason)
+	}
+	return strings.Join(reasons, "; ")
+}
+
+func writeForwards(w *bytes.Buffer, forwards []webui.ForwardStatus, color bool) {
+	rows := [][]string{{"NAME", "PROTOCOL", "PORT", "TO", "SOURCE", "STATE", "REASON"}}
+	for _, f := range forwards {
+		rows = append(rows, []string{f.Name, f.Protocol, fmt.Sprint(f.Port), f.To, f.Source, f.State, or(f.Reason, "-")})
+	}
+	writeTable(w, rows, []string{"PORT"}, color)
+}
+
+// packets is what follows the state of the packet path.
+func packets(p webui.PacketStatus) string {
+	var b strings.Builder
+	for _, address := range []string{p.Address4, p.Address6} {
+		if address != "" {
+			b.WriteString(", " + address)
+		}
+	}
+	if p.MTU > 0 {
+		fmt.Fprintf(&b, ", MTU %d", p.MTU)
+	}
+	fmt.Fprintf(&b, ", %d sent, %d received, %d duplicates, %d reordered", p.TxPackets, p.RxPackets, p.Duplicates, p.Reordered)
+	if p.TUNRestarts > 0 {
+		fmt.Fprintf(&b, ", TUN restarts %d", p.TUNRestarts)
+	}
+	return b.String()
+}
+
+// drops lists the reasons for which packets were dropped, most frequent first.
+func drops(counts map[string]uint64) string {
+	var list []string
+	for _, reason := range slices.SortedFunc(maps.Keys(counts), func(a, b string) int {
+		return cmp.Or(cmp.Compare(counts[b], counts[a]), cmp.Compare(a, b))
+	}) {
+		if counts[reason] > 0 {
+			list = append(list, fmt.Sprintf("%s %d", reason, counts[reason]))
+		}
+	}
+	return strings.Join(list, ", ")
+}
+
+// writeTable writes rows of which the first is the head. The columns named in
+// numbers end at their right edge; the one named STATE is painted.
+func writeTable(w *bytes.Buffer, rows [][]string, numbers []string, color bool) {
+	head := rows[0]
+	widths := make([]int, len(head))
 	for _, row := range rows {
 		for i := range row {
 			row[i] = printable(row[i])
@@ -104,13 +179,13 @@ func writeUplinks(w *bytes.Buffer, uplinks []webui.UplinkStatus, totals, color b
 	for n, row := range rows {
 		for i, cell := range row {
 			pad := strings.Repeat(" ", widths[i]-utf8.RuneCountInString(cell))
-			if i == stateColumn && n > 0 {
+			if head[i] == "STATE" && n > 0 {
 				cell = paint(cell, color)
 			}
 			switch {
 			case i == len(row)-1:
 				w.WriteString(cell)
-			case i >= 4 && i <= 8: // numbers
+			case slices.Contains(numbers, head[i]):
 				w.WriteString(pad + cell + "  ")
 			default:
 				w.WriteString(cell + pad + "  ")
@@ -161,11 +236,11 @@ func percent(v *float64) string {
 func paint(state string, color bool) string {
 	code := ""
 	switch state {
-	case "up", "carrying":
+	case "up", "carrying", "active":
 		code = "32" // green
-	case "degraded":
+	case "degraded", "pending":
 		code = "33" // yellow
-	case "down", "unfit", "absent":
+	case "down", "unfit", "absent", "refused":
 		code = "31" // red
 	}
 	if !color || code == "" {

@@ -2,9 +2,12 @@ package settings
 
 import (
 	"bytes"
+	"encoding"
 	"errors"
 	"fmt"
 	"io"
+	"math"
+	"net/netip"
 	"regexp"
 	"slices"
 	"strconv"
@@ -63,7 +66,7 @@ func (e *Invalid) Error() string {
 func Default() Settings {
 	return Settings{
 		Version: 1,
-		LAN:     LAN{Interfaces: []string{}},
+		LAN:     LAN{Interfaces: []string{}, DNS: true},
 		Uplinks: []Uplink{},
 		Multipath: Multipath{
 			Enabled:     true,
@@ -90,8 +93,9 @@ func Parse(text []byte) (Settings, error) {
 	unread := d.problems
 	for _, p := range check(s) {
 		// A value that could not be read holds its default or nothing; saying
-		// that this too is wrong would only repeat the problem.
-		repeats := slices.ContainsFunc(unread, func(u Problem) bool { return within(p.Path, u.Path) })
+		// that this too is wrong, or that it is lacking in what is around it,
+		// would only repeat the problem.
+		repeats := slices.ContainsFunc(unread, func(u Problem) bool { return within(p.Path, u.Path) || within(u.Path, p.Path) })
 		if !repeats {
 			p.Line = d.line(p.Path)
 			d.problems = append(d.problems, p)
@@ -198,6 +202,7 @@ func (d *document) settings(root *yaml.Node) Settings {
 						s.LAN.Interfaces = append(s.LAN.Interfaces, name)
 					})
 				},
+				"dns": func(n *yaml.Node, path string) { d.boolean(n, path, &s.LAN.DNS) },
 			})
 		},
 		"uplinks": func(n *yaml.Node, path string) {
@@ -221,6 +226,16 @@ func (d *document) settings(root *yaml.Node) Settings {
 			})
 		},
 		"when_tunnel_down": func(n *yaml.Node, path string) { d.text(n, path, (*string)(&s.WhenTunnelDown)) },
+		"forwards": func(n *yaml.Node, path string) {
+			d.sequence(n, path, MaxForwards, func(n *yaml.Node, path string) {
+				s.Forwards = append(s.Forwards, d.forward(n, path))
+			})
+		},
+		"classes": func(n *yaml.Node, path string) {
+			d.sequence(n, path, MaxClasses, func(n *yaml.Node, path string) {
+				s.Classes = append(s.Classes, d.class(n, path))
+			})
+		},
 	})
 	return s
 }
@@ -236,8 +251,95 @@ func (d *document) uplink(n *yaml.Node, path string) Uplink {
 				"method": func(n *yaml.Node, path string) { d.text(n, path, (*string)(&u.Address.Method)) },
 			})
 		},
+		"resolvers": func(n *yaml.Node, path string) {
+			d.sequence(n, path, maxResolvers, func(n *yaml.Node, path string) {
+				var resolver netip.Addr
+				d.parsed(n, path, &resolver, "an IP address: write 192.0.2.53 or 2001:db8::53")
+				u.Resolvers = append(u.Resolvers, resolver)
+			})
+		},
 	})
 	return u
+}
+
+func (d *document) forward(n *yaml.Node, path string) Forward {
+	f := Forward{Source: SourceClient}
+	d.mapping(n, path, fields{
+		"name":     func(n *yaml.Node, path string) { d.text(n, path, &f.Name) },
+		"protocol": func(n *yaml.Node, path string) { d.text(n, path, &f.Protocol) },
+		"port": func(n *yaml.Node, path string) {
+			var port int
+			d.integer(n, path, &port)
+			if port < 0 || port > math.MaxUint16 {
+				d.problem(n, path, fmt.Sprintf("is %d: a port is from 1 to 65535", port))
+				return
+			}
+			f.Port = uint16(port)
+		},
+		"to": func(n *yaml.Node, path string) {
+			d.parsed(n, path, &f.To, "an address with a port: write 192.168.1.10:80 or [2001:db8::10]:80")
+		},
+		"source": func(n *yaml.Node, path string) { d.text(n, path, (*string)(&f.Source)) },
+	})
+	return f
+}
+
+func (d *document) class(n *yaml.Node, path string) (c ClassRule) {
+	d.mapping(n, path, fields{
+		"class":    func(n *yaml.Node, path string) { d.text(n, path, &c.Class) },
+		"protocol": func(n *yaml.Node, path string) { d.text(n, path, &c.Protocol) },
+		"ports": func(n *yaml.Node, path string) {
+			var text string
+			d.word(n, path, &text)
+			if err := c.Ports.UnmarshalText([]byte(text)); err != nil {
+				d.problem(n, path, err.Error())
+			}
+		},
+		"dscp": func(n *yaml.Node, path string) {
+			var text string
+			if d.word(n, path, &text); text == "" {
+				return
+			}
+			if code, ok := codePoint(text); ok {
+				c.DSCP = &code
+				return
+			}
+			d.problem(n, path, quote(text)+" is not a code point: write 0 to 63, or a name such as ef, cs1 or af41")
+		},
+		"address": func(n *yaml.Node, path string) {
+			// A single host may be written without its prefix length.
+			if host, err := netip.ParseAddr(n.Value); err == nil && host.Zone() == "" && n.Kind == yaml.ScalarNode && n.Anchor == "" {
+				c.Address = netip.PrefixFrom(host, host.BitLen())
+				return
+			}
+			d.parsed(n, path, &c.Address, "an address or a prefix: write 192.168.1.10 or 192.168.1.0/24")
+		},
+	})
+	return c
+}
+
+// codePoints are the names that are not systematic: RFC 2474 (default), RFC 3246
+// (expedited forwarding), RFC 5865 (voice admit), RFC 8622 (lower effort).
+var codePoints = map[string]int{"df": 0, "be": 0, "ef": 46, "va": 44, "le": 1}
+
+// codePoint reads a DSCP as a number or by its name.
+func codePoint(text string) (int, bool) {
+	if code, err := strconv.ParseUint(text, 10, 6); err == nil {
+		return int(code), true
+	}
+	name := strings.ToLower(text)
+	if code, ok := codePoints[name]; ok {
+		return code, true
+	}
+	// RFC 2474 section 4.2.2: class selector x is the three upper bits.
+	if x, ok := strings.CutPrefix(name, "cs"); ok && len(x) == 1 && x[0] >= '0' && x[0] <= '7' {
+		return int(x[0]-'0') << 3, true
+	}
+	// RFC 2597 section 6: AFxy is class x (1 to 4) with drop precedence y (1 to 3).
+	if xy, ok := strings.CutPrefix(name, "af"); ok && len(xy) == 2 && xy[0] >= '1' && xy[0] <= '4' && xy[1] >= '1' && xy[1] <= '3' {
+		return int(xy[0]-'0')<<3 | int(xy[1]-'0')<<1, true
+	}
+	return 0, false
 }
 
 // fields says how each key of a mapping is read.
@@ -310,6 +412,26 @@ func (d *document) text(n *yaml.Node, path string, to *string) {
 		return
 	}
 	*to = n.Value
+}
+
+// parsed reads a text by the type's own rules; wanted says what it must be.
+func (d *document) parsed(n *yaml.Node, path string, to encoding.TextUnmarshaler, wanted string) {
+	var text string
+	if d.text(n, path, &text); text == "" {
+		return
+	}
+	if err := to.UnmarshalText([]byte(text)); err != nil {
+		d.problem(n, path, quote(text)+" is not "+wanted)
+	}
+}
+
+// word reads a text that may look like a number.
+func (d *document) word(n *yaml.Node, path string, to *string) {
+	if n.Kind == yaml.ScalarNode && n.ShortTag() == "!!int" && n.Anchor == "" {
+		*to = n.Value
+		return
+	}
+	d.text(n, path, to)
 }
 
 func (d *document) integer(n *yaml.Node, path string, to *int) {
@@ -414,4 +536,20 @@ func (s Settings) YAML() []byte {
 // booleans.
 func (m Mode) MarshalYAML() (any, error) {
 	return &yaml.Node{Kind: yaml.ScalarNode, Value: string(m)}, nil
+}
+
+// MarshalYAML leaves out the conditions that are absent. By itself the library
+// would leave out every address, because it sees no exported field in one.
+func (c ClassRule) MarshalYAML() (any, error) {
+	address := ""
+	if c.Address.IsValid() {
+		address = c.Address.String()
+	}
+	return struct {
+		Class    string    `yaml:"class"`
+		Protocol string    `yaml:"protocol,omitempty"`
+		Ports    PortRange `yaml:"ports,omitempty"`
+		DSCP     *int      `yaml:"dscp,omitempty"`
+		Address  string    `yaml:"address,omitempty"`
+	}{c.Class, c.Protocol, c.Ports, c.DSCP, address}, nil
 }

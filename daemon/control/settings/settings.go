@@ -9,6 +9,13 @@
 // kernel is decided by package desired.
 package settings
 
+import (
+	"fmt"
+	"net/netip"
+	"strconv"
+	"strings"
+)
+
 // Settings is one complete, valid set of the operator's choices.
 type Settings struct {
 	// Version is the version of this schema, 1.
@@ -20,11 +27,19 @@ type Settings struct {
 	// WhenTunnelDown says what happens to LAN traffic while no session reaches
 	// the concentrator.
 	WhenTunnelDown Fallback `yaml:"when_tunnel_down" json:"when_tunnel_down"`
+	// Forwards open ports of the concentrator towards the LAN.
+	Forwards []Forward `yaml:"forwards,omitempty" json:"forwards,omitempty"`
+	// Classes are the operator's choices of class; the first that matches a
+	// packet wins, and what none matches is classified by itself.
+	Classes []ClassRule `yaml:"classes,omitempty" json:"classes,omitempty"`
 }
 
 // LAN names the interfaces whose clients are served.
 type LAN struct {
 	Interfaces []string `yaml:"interfaces" json:"interfaces"`
+	// DNS answers the queries that clients send to the router's own address
+	// through the tunnel. It is on unless the operator says otherwise.
+	DNS bool `yaml:"dns" json:"dns"`
 }
 
 // Uplink is one way to the Internet.
@@ -33,6 +48,9 @@ type Uplink struct {
 	Interface string  `yaml:"interface" json:"interface"`
 	Mode      Mode    `yaml:"mode" json:"mode"`
 	Address   Address `yaml:"address" json:"address"`
+	// Resolvers are asked for names while the tunnel is down and WhenTunnelDown
+	// is Direct; without any it is the uplink's gateway.
+	Resolvers []netip.Addr `yaml:"resolvers,omitempty" json:"resolvers,omitempty"`
 }
 
 // Mode is the operator's choice for one uplink.
@@ -92,3 +110,89 @@ const (
 	Direct Fallback = "direct" // out of the best fit uplink, without the tunnel
 	Block  Fallback = "block"  // nowhere
 )
+
+// The protocols that forwards and class rules name. ProtocolICMP is ICMPv6 as
+// well, and only for class rules.
+const (
+	ProtocolTCP  = "tcp"
+	ProtocolUDP  = "udp"
+	ProtocolICMP = "icmp"
+)
+
+// Forward opens a port of the concentrator towards a host of the LAN.
+type Forward struct {
+	Name     string         `yaml:"name" json:"name"`
+	Protocol string         `yaml:"protocol" json:"protocol"` // ProtocolTCP or ProtocolUDP
+	Port     uint16         `yaml:"port" json:"port"`         // at the concentrator
+	To       netip.AddrPort `yaml:"to" json:"to"`             // host and port in the LAN
+	Source   ForwardSource  `yaml:"source" json:"source"`
+}
+
+// ForwardSource is the address that the LAN host sees as that of the client.
+type ForwardSource string
+
+// The sources.
+const (
+	SourceClient ForwardSource = "client" // the true client's
+	SourceRouter ForwardSource = "router" // the router's
+)
+
+// The classes of packets.
+const (
+	ClassInteractive = "interactive" // sent over the two best uplinks at once
+	ClassBulk        = "bulk"        // spread over all uplinks
+)
+
+// ClassRule gives a class to the packets that meet all of its conditions. An
+// absent condition is met by every packet; a rule has at least one.
+type ClassRule struct {
+	Class    string `json:"class"`              // ClassInteractive or ClassBulk
+	Protocol string `json:"protocol,omitempty"` // empty: any
+	// Ports hold the source port or the destination port, of TCP or UDP.
+	Ports PortRange `json:"ports,omitzero"`
+	// DSCP is the code point of RFC 2474, 0 to 63; nil is any.
+	DSCP *int `json:"dscp,omitempty"`
+	// Address is of the client in the LAN; the zero Prefix is any.
+	Address netip.Prefix `json:"address,omitzero"`
+}
+
+// PortRange is a range of ports with both its ends. The zero range is absent,
+// and stands for any port or none.
+type PortRange struct{ First, Last uint16 }
+
+// IsZero says whether the range is absent.
+func (r PortRange) IsZero() bool { return r == PortRange{} }
+
+// String is "" for an absent range, "5060" for one port, else "10000-20000".
+func (r PortRange) String() string {
+	switch {
+	case r.IsZero():
+		return ""
+	case r.First == r.Last:
+		return strconv.Itoa(int(r.First))
+	default:
+		return fmt.Sprintf("%d-%d", r.First, r.Last)
+	}
+}
+
+// MarshalText writes the range as String does.
+func (r PortRange) MarshalText() ([]byte, error) { return []byte(r.String()), nil }
+
+// UnmarshalText reads what String writes.
+func (r *PortRange) UnmarshalText(text []byte) error {
+	if len(text) == 0 {
+		*r = PortRange{}
+		return nil
+	}
+	first, last, isRange := strings.Cut(string(text), "-")
+	if !isRange {
+		last = first
+	}
+	f, errFirst := strconv.ParseUint(first, 10, 16)
+	l, errLast := strconv.ParseUint(last, 10, 16)
+	if errFirst != nil || errLast != nil || f == 0 || f > l {
+		return fmt.Errorf("%s is neither a port nor a range of ports: write 5060 or 10000-20000, from 1 to 65535", quote(string(text)))
+	}
+	*r = PortRange{uint16(f), uint16(l)}
+	return nil
+}

@@ -3,13 +3,18 @@ package settings
 import (
 	"errors"
 	"flag"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 )
+
+// comparable compares addresses, whose fields cmp cannot see, as Go does.
+var comparable = cmpopts.EquateComparable(netip.Addr{}, netip.AddrPort{}, netip.Prefix{})
 
 var update = flag.Bool("update", false, "write the expected outputs anew")
 
@@ -44,7 +49,7 @@ func TestParse(t *testing.T) {
 				if err != nil {
 					t.Fatalf("YAML() is refused: %v", err)
 				}
-				if diff := cmp.Diff(s, again); diff != "" {
+				if diff := cmp.Diff(s, again, comparable); diff != "" {
 					t.Errorf("YAML() does not give the settings back:\n%s", diff)
 				}
 			}
@@ -96,6 +101,12 @@ func TestValidate(t *testing.T) {
 		`when_tunnel_down: "nat" is not a choice: offered are direct, block`:                               func(s *Settings) { s.WhenTunnelDown = "nat" },
 		"uplinks: has 17 entries: at most 16 are possible":                                                 func(s *Settings) { s.Uplinks = make([]Uplink, 17) },
 		"uplinks[1].name: dsl is already the name of uplinks[0]":                                           func(s *Settings) { u := s.Uplinks[0]; u.Interface = "wan2"; s.Uplinks = append(s.Uplinks, u) },
+		"forwards: has 65 entries: at most 64 are possible":                                                func(s *Settings) { s.Forwards = make([]Forward, 65) },
+		"classes: has 65 entries: at most 64 are possible":                                                 func(s *Settings) { s.Classes = make([]ClassRule, 65) },
+		"uplinks[0].resolvers: has 4 entries: at most 3 are possible":                                      func(s *Settings) { s.Uplinks[0].Resolvers = make([]netip.Addr, 4) },
+		"forwards[0].to: is missing: give a host of the LAN and its port":                                  func(s *Settings) { s.Forwards = []Forward{{Name: "a", Protocol: "tcp", Port: 1, Source: SourceClient}} },
+		"classes[0].dscp: is -1: a code point is from 0 to 63":                                             func(s *Settings) { s.Classes = []ClassRule{{Class: ClassBulk, DSCP: new(-1)}} },
+		"classes[0].ports: 0-9 is no range of ports: it must rise, from 1 to 65535":                        func(s *Settings) { s.Classes = []ClassRule{{Class: ClassBulk, Ports: PortRange{0, 9}}} },
 		"concentrator.token: holds a character that no token has: copy the one line that `concentratord t": func(s *Settings) { s.Concentrator.Token = "a b" },
 	} {
 		s := valid()
@@ -140,7 +151,7 @@ func FuzzParse(f *testing.F) {
 		if err != nil {
 			t.Fatalf("YAML() is refused: %v\n%s", err, s.YAML())
 		}
-		if diff := cmp.Diff(s, again); diff != "" {
+		if diff := cmp.Diff(s, again, comparable); diff != "" {
 			t.Fatalf("YAML() does not give the settings back:\n%s", diff)
 		}
 	})

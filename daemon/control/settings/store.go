@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/netip"
 	"reflect"
 	"strconv"
 	"time"
@@ -208,7 +209,8 @@ func newest(list *bbolt.Bucket) (Revision, error) {
 }
 
 func decode(k, v []byte) (Revision, error) {
-	var r Revision
+	// A revision from before a setting existed holds that setting's default.
+	r := Revision{Settings: Settings{LAN: LAN{DNS: true}}}
 	err := json.Unmarshal(v, &r)
 	if err == nil {
 		err = Validate(r.Settings)
@@ -226,10 +228,22 @@ func decode(k, v []byte) (Revision, error) {
 func key(number uint64) []byte { return binary.BigEndian.AppendUint64(nil, number) }
 
 // normal gives settings that mean the same one form: an absent list is an empty
-// one. It shares nothing with what the caller goes on to use.
+// one, and an empty list that the text leaves out is absent. It shares nothing
+// with what the caller goes on to use.
 func normal(s Settings) Settings {
 	s.LAN.Interfaces = append([]string{}, s.LAN.Interfaces...)
 	s.Uplinks = append([]Uplink{}, s.Uplinks...)
+	for i := range s.Uplinks {
+		u := &s.Uplinks[i]
+		u.Resolvers = append([]netip.Addr(nil), u.Resolvers...)
+	}
+	s.Forwards = append([]Forward(nil), s.Forwards...)
+	s.Classes = append([]ClassRule(nil), s.Classes...)
+	for i := range s.Classes {
+		if c := &s.Classes[i]; c.DSCP != nil {
+			c.DSCP = new(*c.DSCP)
+		}
+	}
 	return s
 }
 

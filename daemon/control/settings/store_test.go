@@ -1,8 +1,11 @@
 package settings
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
+	"net/netip"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -44,7 +47,7 @@ func TestStore(t *testing.T) {
 		return nil
 	})
 	current, err := store.Current()
-	if err != nil || current.Number != 0 || cmp.Diff(current.Settings, Default()) != "" {
+	if err != nil || current.Number != 0 || cmp.Diff(current.Settings, Default(), comparable) != "" {
 		t.Errorf("empty store: %+v, %v", current, err)
 	}
 
@@ -54,7 +57,7 @@ func TestStore(t *testing.T) {
 	}
 	same := numbered(1)
 	same.Uplinks = nil // means the same as an empty list
-	if again, err := store.Put(same, "bert", noon.Add(time.Hour)); err != nil || cmp.Diff(first, again) != "" {
+	if again, err := store.Put(same, "bert", noon.Add(time.Hour)); err != nil || cmp.Diff(first, again, comparable) != "" {
 		t.Errorf("equal settings: %+v, %v", again, err)
 	}
 	if _, err := store.Put(Default(), "anna", noon); !errors.As(err, new(*Invalid)) {
@@ -70,7 +73,7 @@ func TestStore(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if current, err := store.Current(); err != nil || cmp.Diff(first, current) != "" {
+	if current, err := store.Current(); err != nil || cmp.Diff(first, current, comparable) != "" {
 		t.Errorf("after reopening: %+v, %v", current, err)
 	}
 
@@ -83,8 +86,84 @@ func TestStore(t *testing.T) {
 		t.Fatal(err)
 	}
 	back, err := store.Put(old.Settings, "anna", noon)
-	if err != nil || back.Number != 3 || cmp.Diff(back.Settings, first.Settings) != "" {
+	if err != nil || back.Number != 3 || cmp.Diff(back.Settings, first.Settings, comparable) != "" {
 		t.Errorf("going back: %+v, %v", back, err)
+	}
+}
+
+// TestStoreReadsOlderRevisions: what was stored before a setting existed holds
+// that setting's default, and storing it again makes no new revision.
+func TestStoreReadsOlderRevisions(t *testing.T) {
+	db := openDB(t, filepath.Join(t.TempDir(), "sheaf.db"))
+	store, err := Open(db)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := store.Put(numbered(1), "anna", noon); err != nil {
+		t.Fatal(err)
+	}
+	// As the first version of this schema wrote it.
+	const older = `{"number":1,"time":"2025-06-01T12:00:00Z","author":"anna","settings":{"version":1,"lan":{"interfaces":["lan1"]},"uplinks":[],"concentrator":{},` +
+		`"multipath":{"enabled":true,"path_manager":"fullmesh","scheduler":"default","checksum":false,"syn_retries":2},"when_tunnel_down":"direct"}}`
+	if err := db.Update(func(tx *bbolt.Tx) error { return revisions(tx).Put(key(1), []byte(older)) }); err != nil {
+		t.Fatal(err)
+	}
+	current, err := store.Current()
+	if err != nil || cmp.Diff(numbered(1), current.Settings, comparable) != "" {
+		t.Errorf("older revision: %+v, %v", current, err)
+	}
+	off := numbered(1)
+	off.LAN.DNS = false
+	for _, step := range []struct {
+		settings Settings
+		number   uint64
+	}{{numbered(1), 1}, {off, 2}, {off, 2}} {
+		if r, err := store.Put(step.settings, "bert", noon); err != nil || r.Number != step.number {
+			t.Errorf("Put with dns %v: %+v, %v, want revision %d", step.settings.LAN.DNS, r, err, step.number)
+		}
+	}
+	if current, err := store.Current(); err != nil || current.Settings.LAN.DNS {
+		t.Errorf("dns switched off: %+v, %v", current, err)
+	}
+}
+
+// TestStoreKeepsEveryField: whatever Parse can give survives the database, and
+// a revision shares no memory with the settings it was made of.
+func TestStoreKeepsEveryField(t *testing.T) {
+	text, err := os.ReadFile("testdata/forwards_and_classes.txt")
+	if err != nil {
+		t.Fatal(err)
+	}
+	want, err := Parse(text[:bytes.Index(text, []byte("----------\n"))])
+	if err != nil {
+		t.Fatal(err)
+	}
+	store, err := Open(openDB(t, filepath.Join(t.TempDir(), "sheaf.db")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	made, err := store.Put(want, "anna", noon)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range made.Settings.Classes {
+		if c.DSCP != nil {
+			*c.DSCP = 99
+		}
+	}
+	made.Settings.Uplinks[0].Resolvers[0] = netip.Addr{}
+	made.Settings.Forwards[0].Port = 99
+	current, err := store.Current()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, s := range map[string]Settings{"given": want, "stored": current.Settings} {
+		if diff := cmp.Diff(string(s.YAML()), string(want.YAML())); diff != "" || strings.Contains(string(s.YAML()), "99") {
+			t.Errorf("%s: %s\n%s", name, diff, s.YAML())
+		}
+	}
+	if diff := cmp.Diff(want, current.Settings, comparable); diff != "" {
+		t.Error(diff)
 	}
 }
 

@@ -2,6 +2,7 @@ package settings
 
 import (
 	"fmt"
+	"net/netip"
 	"regexp"
 	"slices"
 	"strings"
@@ -12,13 +13,16 @@ import (
 // Bounds of what is accepted.
 const (
 	MaxUplinks       = 16
+	MaxForwards      = 64
+	MaxClasses       = 64
+	maxResolvers     = 3 // as MAXNS of resolv.h
 	maxLANInterfaces = 16
 	maxToken         = 4 << 10
 	maxSYNRetries    = 10
 )
 
 var (
-	uplinkName    = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,31}$`)
+	objectName    = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,31}$`)
 	schedulerName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,14}$`) // MPTCP_SCHED_NAME_MAX is 16 with the final NUL
 )
 
@@ -85,10 +89,8 @@ func check(s Settings) (problems []Problem) {
 	for i, u := range s.Uplinks {
 		path := fmt.Sprintf("uplinks[%d]", i)
 		switch first, taken := names[u.Name]; {
-		case u.Name == "":
-			report(path+".name", "is missing")
-		case !uplinkName.MatchString(u.Name):
-			report(path+".name", "%s is not a name: use 1 to 32 of a-z, 0-9 and -, and do not begin with -", quote(u.Name))
+		case nameProblem(u.Name) != "":
+			report(path+".name", "%s", nameProblem(u.Name))
 		case taken:
 			report(path+".name", "%s is already the name of %s", u.Name, first)
 		default:
@@ -100,6 +102,18 @@ func check(s Settings) (problems []Problem) {
 		}
 		if reason := offer(u.Address.Method, []Method{Existing}, methodsNotYet); reason != "" {
 			report(path+".address.method", "%s", reason)
+		}
+		if len(u.Resolvers) > maxResolvers {
+			report(path+".resolvers", "has %d entries: at most %d are possible", len(u.Resolvers), maxResolvers)
+			continue
+		}
+		for j, resolver := range u.Resolvers {
+			inner := fmt.Sprintf("%s.resolvers[%d]", path, j)
+			if reason := hostProblem(resolver); reason != "" {
+				report(inner, "%s", reason)
+			} else if slices.Contains(u.Resolvers[:j], resolver) {
+				report(inner, "%s is given twice", resolver)
+			}
 		}
 	}
 
@@ -123,7 +137,123 @@ func check(s Settings) (problems []Problem) {
 	if s.WhenTunnelDown != Direct && s.WhenTunnelDown != Block {
 		report("when_tunnel_down", "%s is not a choice: offered are direct, block", quote(string(s.WhenTunnelDown)))
 	}
+	checkForwards(s.Forwards, report)
+	checkClasses(s.Classes, report)
 	return problems
+}
+
+func checkForwards(forwards []Forward, report func(path, format string, args ...any)) {
+	if len(forwards) > MaxForwards {
+		report("forwards", "has %d entries: at most %d are possible", len(forwards), MaxForwards)
+		return
+	}
+	type port struct {
+		protocol string
+		number   uint16
+	}
+	names, ports := map[string]string{}, map[port]string{}
+	for i, f := range forwards {
+		path := fmt.Sprintf("forwards[%d]", i)
+		if reason := nameProblem(f.Name); reason != "" {
+			report(path+".name", "%s", reason)
+		} else if first, taken := names[f.Name]; taken {
+			report(path+".name", "%s is already the name of %s", f.Name, first)
+		} else {
+			names[f.Name] = path
+		}
+		if reason := offer(f.Protocol, []string{ProtocolTCP, ProtocolUDP}, nil); reason != "" {
+			report(path+".protocol", "%s", reason)
+		}
+		p := port{f.Protocol, f.Port}
+		if first, taken := ports[p]; f.Port == 0 {
+			report(path+".port", "is 0 or missing: give the concentrator's port, from 1 to 65535")
+		} else if taken {
+			report(path+".port", "%s port %d is already that of %s", f.Protocol, f.Port, first)
+		} else {
+			ports[p] = path
+		}
+		// The networks of the LAN need not be known here: another router may
+		// lie between.
+		switch reason := hostProblem(f.To.Addr()); {
+		case !f.To.Addr().IsValid():
+			report(path+".to", "is missing: give a host of the LAN and its port, such as 192.168.1.10:80")
+		case reason != "":
+			report(path+".to", "%s", reason)
+		case f.To.Port() == 0:
+			report(path+".to", "%s has port 0: give the port of the LAN host, from 1 to 65535", f.To)
+		}
+		if reason := offer(f.Source, []ForwardSource{SourceClient, SourceRouter}, nil); reason != "" {
+			report(path+".source", "%s", reason)
+		}
+	}
+}
+
+func checkClasses(classes []ClassRule, report func(path, format string, args ...any)) {
+	if len(classes) > MaxClasses {
+		report("classes", "has %d entries: at most %d are possible", len(classes), MaxClasses)
+		return
+	}
+	for i, c := range classes {
+		path := fmt.Sprintf("classes[%d]", i)
+		if reason := offer(c.Class, []string{ClassInteractive, ClassBulk}, nil); reason != "" {
+			report(path+".class", "%s", reason)
+		}
+		if c.Protocol == "" && c.Ports.IsZero() && c.DSCP == nil && !c.Address.IsValid() {
+			report(path, "has no condition: give protocol, ports, dscp or address")
+			continue
+		}
+		if c.Protocol != "" {
+			if reason := offer(c.Protocol, []string{ProtocolTCP, ProtocolUDP, ProtocolICMP}, nil); reason != "" {
+				report(path+".protocol", "%s", reason)
+			}
+		}
+		switch r := c.Ports; {
+		case r.IsZero():
+		case r.First == 0 || r.First > r.Last:
+			report(path+".ports", "%s is no range of ports: it must rise, from 1 to 65535", r)
+		case c.Protocol == ProtocolICMP:
+			report(path+".ports", "icmp has no ports: leave ports out, or choose tcp or udp")
+		}
+		if c.DSCP != nil && (*c.DSCP < 0 || *c.DSCP > 63) {
+			report(path+".dscp", "is %d: a code point is from 0 to 63", *c.DSCP)
+		}
+		switch a := c.Address; {
+		case !a.IsValid():
+		case a.Addr().Is4In6():
+			report(path+".address", "%s is an IPv4 address in IPv6 form: write it as IPv4", a)
+		case a != a.Masked():
+			report(path+".address", "%s has address bits after its length: write %s", a, a.Masked())
+		case a.Addr().IsLoopback() || a.Addr().IsMulticast():
+			report(path+".address", "%s is not of a LAN: clients have unicast addresses", a)
+		}
+	}
+}
+
+// nameProblem says why a name is not one.
+func nameProblem(name string) string {
+	switch {
+	case name == "":
+		return "is missing"
+	case !objectName.MatchString(name):
+		return quote(name) + " is not a name: use 1 to 32 of a-z, 0-9 and -, and do not begin with -"
+	}
+	return ""
+}
+
+// hostProblem says why an address cannot be that of another host which is
+// reached through routes alone.
+func hostProblem(a netip.Addr) string {
+	switch {
+	case !a.IsValid():
+		return "is missing: give an IP address"
+	case a.Zone() != "" || a.IsLinkLocalUnicast():
+		return fmt.Sprintf("%s is link-local: give an address that is valid beyond one link", quote(a.String()))
+	case a.Is4In6():
+		return fmt.Sprintf("%s is an IPv4 address in IPv6 form: write %s", a, a.Unmap())
+	case a.IsUnspecified(), a.IsLoopback(), a.IsMulticast(), a.Is4() && (a.As4()[0] == 0 || a.As4()[0] >= 240):
+		return fmt.Sprintf("%s is not the address of another host: give a unicast address", a)
+	}
+	return ""
 }
 
 // interfaceProblem says why no interface can have this name (the kernel's
@@ -155,6 +285,9 @@ func offer[T ~string](choice T, offered, notYet []T) string {
 	list := strings.Join(names, ", ")
 	if slices.Contains(notYet, choice) {
 		return fmt.Sprintf("%s is not available in this version: offered: %s", choice, list)
+	}
+	if choice == "" {
+		return "is missing: offered: " + list
 	}
 	return fmt.Sprintf("%s is unknown: offered: %s", quote(string(choice)), list)
 }
