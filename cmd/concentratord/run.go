@@ -18,6 +18,8 @@ import (
 
 	"sheaf/cmd/internal/daemon"
 	"sheaf/daemon/concentrator"
+	"sheaf/daemon/control/settings"
+	"sheaf/daemon/datapath/egress"
 	"sheaf/webui"
 )
 
@@ -30,7 +32,7 @@ type commands interface {
 
 func newCommand() *cobra.Command {
 	config := concentrator.Config{}
-	var allowed []string
+	var allowed, resolvers, ports []string
 	var verbose bool
 	serve := func(c *cobra.Command, _ []string) error {
 		for _, text := range allowed {
@@ -39,6 +41,20 @@ func newCommand() *cobra.Command {
 				return daemon.Usage(err)
 			}
 			config.Allowed = append(config.Allowed, prefix)
+		}
+		for _, text := range resolvers {
+			resolver, err := parseResolver(text)
+			if err != nil {
+				return daemon.Usage(err)
+			}
+			config.Resolvers = append(config.Resolvers, resolver)
+		}
+		for _, text := range ports {
+			var r settings.PortRange
+			if err := r.UnmarshalText([]byte(text)); err != nil {
+				return daemon.Usage(fmt.Errorf("--forward-ports: %w", err))
+			}
+			config.ForwardPorts = append(config.ForwardPorts, egress.PortRange{First: r.First, Last: r.Last})
 		}
 		config.Log = daemon.Log(c.ErrOrStderr(), verbose)
 		config.Log.Info("concentratord starts", "version", version)
@@ -57,6 +73,9 @@ func newCommand() *cobra.Command {
 	runFlags := func(c *cobra.Command) {
 		c.Flags().StringArrayVar(&config.Listen, "listen", []string{":4443"}, "HOST:PORT to accept routers on; may be repeated")
 		c.Flags().StringArrayVar(&allowed, "allow-destination", nil, "CIDR that routers may reach although it is private, or the machine's own; may be repeated")
+		c.Flags().StringArrayVar(&resolvers, "resolver", nil, "ADDRESS or ADDRESS:PORT that answers the routers' DNS instead of those in /etc/resolv.conf; may be repeated")
+		c.Flags().StringArrayVar(&ports, "forward-ports", nil, "PORT or FIRST-LAST that routers may have forwarded (default 1024-65535); may be repeated")
+		c.Flags().BoolVar(&config.ConnectRouters, "connect-routers", false, "let routers reach one another through the tunnel")
 		c.Flags().BoolVar(&verbose, "verbose", false, "log every session and refused flow")
 	}
 	runFlags(root)
@@ -189,6 +208,18 @@ func withState(stateDir string, mayMake bool, do func(commands) error) error {
 	}
 	defer func() { _ = store.Close() }()
 	return do(concentrator.Offline{Store: store})
+}
+
+// parseResolver reads the address of a DNS server, on port 53 unless given.
+func parseResolver(text string) (netip.AddrPort, error) {
+	if address, err := netip.ParseAddr(text); err == nil {
+		return netip.AddrPortFrom(address, 53), nil
+	}
+	resolver, err := netip.ParseAddrPort(text)
+	if err != nil {
+		return netip.AddrPort{}, fmt.Errorf("--resolver %q: want an address, or one with a port, for example 192.0.2.53 or [2001:db8::53]:53", text)
+	}
+	return resolver, nil
 }
 
 func parsePrefix(text string) (netip.Prefix, error) {

@@ -39,7 +39,7 @@ func bench(ctx context.Context, binaries, only string) error {
 	parts := []struct {
 		name string
 		run  func(context.Context, string) error
-	}{{"shaped", benchShaped}, {"small", benchSmall}, {"many", benchMany}, {"unshaped", benchUnshaped}}
+	}{{"shaped", benchShaped}, {"packets", benchPackets}, {"small", benchSmall}, {"many", benchMany}, {"unshaped", benchUnshaped}}
 	ran := false
 	for _, p := range parts {
 		if only != "" && only != p.name {
@@ -52,7 +52,7 @@ func bench(ctx context.Context, binaries, only string) error {
 		fmt.Println()
 	}
 	if !ran {
-		return fmt.Errorf("there is no part %q: shaped, small, many or unshaped", only)
+		return fmt.Errorf("there is no part %q: shaped, packets, small, many or unshaped", only)
 	}
 	return nil
 }
@@ -175,7 +175,7 @@ func withEndpoints(ctx context.Context, lab *netlab.Lab, f func() error) (err er
 		if err != nil {
 			return err
 		}
-		return k.Apply(ctx, desired.Diff(have, desired.Compile(s, uplink.Judge(seen, wants), nil)))
+		return k.Apply(ctx, desired.Diff(have, desired.Compile(s, uplink.Judge(seen, wants), nil, desired.Tunnel{})))
 	})
 	if k != nil {
 		defer func() {

@@ -61,7 +61,7 @@ func run(args []string) int {
 	var only string
 	benchCommand := &cobra.Command{Use: "bench", Short: "Measure", Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error { return bench(c.Context(), binaries, only) }}
-	benchCommand.Flags().StringVar(&only, "only", "", "one part: shaped, small, many or unshaped")
+	benchCommand.Flags().StringVar(&only, "only", "", "one part: shaped, packets, small, many or unshaped")
 	root.AddCommand(demoCommand, benchCommand)
 	root.SetArgs(args)
 	err = root.ExecuteContext(ctx)

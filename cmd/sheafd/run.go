@@ -43,7 +43,14 @@ func newCommand() *cobra.Command {
 	flags(root)
 	run := &cobra.Command{Use: "run", Short: "Run the daemon (the default)", Args: daemon.Args(cobra.NoArgs), RunE: serve}
 	flags(run)
-	root.AddCommand(run)
+	cleanup := &cobra.Command{
+		Use:   "cleanup",
+		Short: "Remove what a daemon that was killed, or stopped with when_tunnel_down block, left in the kernel",
+		Args:  daemon.Args(cobra.NoArgs),
+		RunE:  func(c *cobra.Command, _ []string) error { return router.Cleanup(c.Context(), config.StateDir) },
+	}
+	cleanup.Flags().StringVar(&config.StateDir, "state-dir", "/var/lib/sheaf", "directory of settings and keys")
+	root.AddCommand(run, cleanup)
 	return root
 }
 

@@ -2,10 +2,14 @@
 // machine.
 //
 //	router ═ MPTCP ═▶ listener ─▶ tunnel.Server ─ OPEN ─▶ egress.Dialer ─▶ Internet
+//	router ═ QUIC, MPTCP ═▶ tunnel.Server ─ Attach ─▶ packets ─▶ TUN ─▶ masquerade ─▶ Internet
+//	Internet ─▶ egress.Forwards ─▶ tunnel.Server.OpenInbound ═▶ router
 //	concentratord token, routers ─▶ unix socket ─▶ Store ─▶ tunnel.Server (revocation)
+//	events ─▶ reconcile.Loop ─▶ want ─▶ kernel: one nftables table, one TUN
 //
-// It changes nothing of the machine but its own files and, where it may, the
-// number of subflows that the kernel accepts for a connection.
+// Beside its own files, table and TUN it changes of the machine, where it may,
+// the number of subflows that the kernel accepts for a connection and what makes
+// the kernel forward packets. Both are put back when it stops.
 package concentrator
 
 import (
@@ -31,7 +35,14 @@ type Config struct {
 	StateDir string
 	Listen   []string // host:port each; an empty host is every address
 	Allowed  []netip.Prefix
-	Log      *slog.Logger
+	// Resolvers answer the routers' DNS; none are those of /etc/resolv.conf.
+	Resolvers []netip.AddrPort
+	// ForwardPorts are those that routers may have forwarded; none are 1024 to
+	// 65535.
+	ForwardPorts []egress.PortRange
+	// ConnectRouters lets routers reach one another.
+	ConnectRouters bool
+	Log            *slog.Logger
 }
 
 // SocketPath is the unix socket on which a running daemon serves its commands.
@@ -39,8 +50,9 @@ func SocketPath(stateDir string) string { return filepath.Join(stateDir, "concen
 
 // Concentrator is a running daemon. It satisfies webui.Concentrator.
 type Concentrator struct {
-	store  *Store
-	server *tunnel.Server
+	store   *Store
+	server  *tunnel.Server
+	packets *packets
 }
 
 // Run serves until ctx ends.
@@ -64,10 +76,16 @@ func Run(ctx context.Context, c Config) error {
 		return err
 	}
 
+	sockets, err := listenPackets(listeners)
+	if err != nil {
+		return err
+	}
+
 	restore := raiseLimits(ctx, store, c.Log)
 	defer restore()
 
-	dialer := egress.NewDialer(egress.Policy{Allowed: c.Allowed})
+	policy := egress.Policy{Allowed: c.Allowed}
+	dialer := egress.NewDialer(policy)
 	dial := func(ctx context.Context, router string, destination netip.AddrPort) (*net.TCPConn, func(), tunnel.ResetReason, error) {
 		conn, done, err := dialer.Dial(ctx, router, destination)
 		if err != nil {
@@ -76,12 +94,27 @@ func Run(ctx context.Context, c Config) error {
 		return conn, done, 0, nil
 	}
 	con := &Concentrator{store: store, server: tunnel.NewServer(store.Identity(), store, dial, c.Log)}
+	ports := egress.ForwardPolicy{Ports: c.ForwardPorts}
+	for _, l := range listeners {
+		ports.Reserved = append(ports.Reserved, uint16(l.Addr().(*net.TCPAddr).Port))
+	}
+	con.packets = newPackets(c.Log, store, policy, ports, con.server.OpenInbound)
+	con.packets.calm = con.server.SetCalm
+	con.server.HandlePackets(con.packets)
+	gateway, err := newGateway(ctx, c, store, con.packets)
+	if err != nil {
+		return err
+	}
 
 	c.Log.Info("concentrator ready", "listen", c.Listen, "key", store.Identity().PublicKey().Fingerprint(), "routers", len(store.Routers()))
 	work, ctx := errgroup.WithContext(ctx)
+	work.Go(func() error { con.packets.run(ctx); return nil })
+	work.Go(func() error { return gateway.run(ctx) })
 	work.Go(func() error { con.server.Serve(ctx, listeners...); return nil })
+	work.Go(func() error { con.server.ServeDatagrams(ctx, sockets...); return nil })
 	work.Go(func() error { return webui.Serve(ctx, socket, webui.NewConcentratorHandler(con, c.Log)) })
-	return work.Wait()
+	err = work.Wait()
+	return errors.Join(err, gateway.close())
 }
 
 var resetReasons = map[egress.Failure]tunnel.ResetReason{
@@ -109,6 +142,26 @@ func listen(ctx context.Context, addresses []string) ([]net.Listener, error) {
 	return listeners, nil
 }
 
+// listenPackets opens the UDP ports of the same numbers for datagrams.
+func listenPackets(listeners []net.Listener) ([]net.PacketConn, error) {
+	var sockets []net.PacketConn
+	for _, l := range listeners {
+		address := l.Addr().(*net.TCPAddr)
+		s, err := net.ListenUDP("udp", &net.UDPAddr{IP: address.IP, Port: address.Port, Zone: address.Zone})
+		if err != nil {
+			for _, open := range sockets {
+				_ = open.Close()
+			}
+			for _, open := range listeners {
+				_ = open.Close()
+			}
+			return nil, fmt.Errorf("listening for routers' datagrams: %w", err)
+		}
+		sockets = append(sockets, s)
+	}
+	return sockets, nil
+}
+
 // CreateToken makes a one-time enrolment token.
 func (c *Concentrator) CreateToken(_ context.Context, name string, addresses []string, validity time.Duration) (string, error) {
 	token, err := c.store.CreateToken(name, addresses, validity)
@@ -134,7 +187,12 @@ func tokenError(err error) error {
 
 // Routers lists the enrolled routers with what was seen of them since the start.
 func (c *Concentrator) Routers(context.Context) ([]webui.EnrolledRouter, error) {
-	return describe(c.store.Routers(), c.server.Activity()), nil
+	enrolled := c.store.Routers()
+	list := describe(enrolled, c.server.Activity())
+	for i := range list {
+		c.packets.describe(enrolled[i].Key, &list[i])
+	}
+	return list, nil
 }
 
 // describe joins what is stored with what is seen; activity is nil while no
@@ -163,6 +221,7 @@ func (c *Concentrator) RemoveRouter(_ context.Context, name string) error {
 		return err
 	}
 	c.server.Revoke(key)
+	c.packets.remove(key)
 	return nil
 }
 

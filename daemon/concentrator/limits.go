@@ -25,7 +25,7 @@ const notRaised = "the kernel's limit of subflows was not raised (no CAP_NET_ADM
 // what puts the limits back. Without the right to change them the concentrator
 // works all the same, over three uplinks at most.
 func raiseLimits(ctx context.Context, store *Store, log *slog.Logger) (restore func()) {
-	k, err := kernel.New()
+	k, err := kernel.NewConcentrator()
 	if err != nil {
 		log.Warn(notRaised, "error", err)
 		return func() {}
@@ -72,7 +72,7 @@ func restoreLimits(store *Store) error {
 	if err != nil || before == nil {
 		return err
 	}
-	k, err := kernel.New()
+	k, err := kernel.NewConcentrator()
 	if err != nil {
 		return err
 	}
@@ -98,6 +98,13 @@ func Cleanup(_ context.Context, stateDir string, log *slog.Logger) error {
 	defer func() { _ = store.Close() }()
 	if err := restoreLimits(store); err != nil {
 		return fmt.Errorf("putting back the kernel's MPTCP limits: %w", err)
+	}
+	k, err := kernel.NewConcentrator()
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(cleanGateway(k, store), k.Close()); err != nil {
+		return fmt.Errorf("taking away the packet path: %w", err)
 	}
 	if err := os.Remove(SocketPath(stateDir)); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err

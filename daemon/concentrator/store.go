@@ -3,9 +3,12 @@ package concentrator
 import (
 	"crypto/rand"
 	"crypto/sha256"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
+	"net/netip"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -36,10 +39,49 @@ var (
 	bucketTokens  = []byte("tokens")  // SHA-256 of the secret → tokenRecord
 	bucketRouters = []byte("routers") // Ed25519 public key → routerRecord
 
-	keySchema = []byte("schema")
-	keySeed   = []byte("identity")
-	keyLimits = []byte("limits-before")
+	keySchema  = []byte("schema")
+	keySeed    = []byte("identity")
+	keyLimits  = []byte("limits-before")
+	keySysctls = []byte("sysctls-before")
 )
+
+// maxSubnet is the last router's number. Its IPv4 address is the last but the
+// broadcast address of the network.
+const maxSubnet = 1<<16 - 3
+
+var network4 = netip.MustParsePrefix("10.83.0.0/16")
+
+// Network4 is the network of all inner IPv4 addresses.
+func Network4() netip.Prefix { return network4 }
+
+// Gateway4 is the concentrator's inner IPv4 address.
+func Gateway4() netip.Addr { return address4(0) }
+
+// address4 is the inner IPv4 address of the router with a subnet number.
+func address4(subnet uint16) netip.Addr {
+	b := network4.Addr().As4()
+	binary.BigEndian.PutUint16(b[2:], subnet+1)
+	return netip.AddrFrom4(b)
+}
+
+// network6 is the /48 of the concentrator with a key. It is locally assigned
+// (RFC 4193 section 3.1), with a global ID that follows from the key instead of
+// chance, so that it never changes.
+func network6(concentrator tunnel.PublicKey) netip.Prefix {
+	sum := sha256.Sum256(concentrator[:])
+	var b [16]byte
+	b[0] = 0xfd
+	copy(b[1:6], sum[:])
+	return netip.PrefixFrom(netip.AddrFrom16(b), 48)
+}
+
+// address6 is the first address of the /64 with a subnet number.
+func address6(concentrator tunnel.PublicKey, subnet uint16) netip.Addr {
+	b := network6(concentrator).Addr().As16()
+	binary.BigEndian.PutUint16(b[6:], subnet)
+	b[15] = 1
+	return netip.AddrFrom16(b)
+}
 
 type tokenRecord struct {
 	Name    string            `json:"name"`
@@ -51,6 +93,9 @@ type tokenRecord struct {
 type routerRecord struct {
 	Name     string    `json:"name"`
 	Enrolled time.Time `json:"enrolled"`
+	// Subnet is 1 to maxSubnet, and no other router's. It is 0 in what versions
+	// without inner addresses wrote.
+	Subnet uint16 `json:"subnet,omitzero"`
 }
 
 // Enrolled is one router that may use the concentrator.
@@ -118,7 +163,7 @@ func (s *Store) load(tx *bbolt.Tx) error {
 	if err != nil {
 		return err
 	}
-	return tx.Bucket(bucketRouters).ForEach(func(k, v []byte) error {
+	err = tx.Bucket(bucketRouters).ForEach(func(k, v []byte) error {
 		var r routerRecord
 		if err := json.Unmarshal(v, &r); err != nil || len(k) != len(tunnel.PublicKey{}) {
 			return fmt.Errorf("router record %x is damaged: %w", k, err)
@@ -126,6 +171,73 @@ func (s *Store) load(tx *bbolt.Tx) error {
 		s.routers[tunnel.PublicKey(k)] = r
 		return nil
 	})
+	if err != nil {
+		return err
+	}
+	return s.numberOldRouters(tx)
+}
+
+// numberOldRouters gives a subnet to the routers that enrolled before there were
+// any, the oldest first.
+func (s *Store) numberOldRouters(tx *bbolt.Tx) error {
+	var old []Enrolled
+	for key, r := range s.routers {
+		if r.Subnet == 0 {
+			old = append(old, Enrolled{r.Name, key, r.Enrolled})
+		}
+	}
+	slices.SortFunc(old, func(a, b Enrolled) int { return a.Enrolled.Compare(b.Enrolled) })
+	for _, e := range old {
+		r := s.routers[e.Key]
+		var err error
+		if r.Subnet, err = s.freeSubnet(); err == nil {
+			err = putJSON(tx.Bucket(bucketRouters), e.Key[:], r)
+		}
+		if err != nil {
+			return err
+		}
+		s.routers[e.Key] = r
+	}
+	return nil
+}
+
+// freeSubnet returns the lowest number that no router has.
+func (s *Store) freeSubnet() (uint16, error) {
+	used := make([]bool, maxSubnet+1)
+	for _, r := range s.routers {
+		if int(r.Subnet) < len(used) {
+			used[r.Subnet] = true
+		}
+	}
+	if i := slices.Index(used[1:], false); i >= 0 {
+		return uint16(i + 1), nil
+	}
+	return 0, fmt.Errorf("%d routers are enrolled, the most that there are inner addresses for; remove one with `concentratord routers remove`", maxSubnet)
+}
+
+// Network6 is the /48 of all inner IPv6 addresses.
+func (s *Store) Network6() netip.Prefix { return network6(s.identity.PublicKey()) }
+
+// Gateway6 is the concentrator's inner IPv6 address.
+func (s *Store) Gateway6() netip.Addr { return address6(s.identity.PublicKey(), 0) }
+
+// InnerAddresses returns the inner addresses of an enrolled router. They stay
+// the router's until it is removed. The error is ErrNoRouter.
+func (s *Store) InnerAddresses(key tunnel.PublicKey) (ipv4, ipv6 netip.Addr, err error) {
+	subnet, ok := s.Inner(key)
+	if !ok {
+		return ipv4, ipv6, fmt.Errorf("%w: key %s is not enrolled", ErrNoRouter, key.Fingerprint())
+	}
+	return address4(subnet), address6(s.identity.PublicKey(), subnet), nil
+}
+
+// Inner returns the subnet number of an enrolled router, from which its inner
+// addresses follow.
+func (s *Store) Inner(key tunnel.PublicKey) (subnet uint16, ok bool) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	r, ok := s.routers[key]
+	return r.Subnet, ok
 }
 
 // Close releases the file.
@@ -255,7 +367,13 @@ func (s *Store) Enrol(secret []byte, key tunnel.PublicKey) (string, error) {
 				"another router enrolled as %q meanwhile; remove it or make a token with another name", token.Name)}
 		}
 		token.UsedAt, token.UsedBy = now, &key
-		record = routerRecord{Name: token.Name, Enrolled: now}
+		record = routerRecord{Name: token.Name, Enrolled: now, Subnet: known.Subnet}
+		if !enrolled {
+			var err error
+			if record.Subnet, err = s.freeSubnet(); err != nil {
+				return err
+			}
+		}
 		return errors.Join(
 			putJSON(tokens, digest(secret), token),
 			putJSON(tx.Bucket(bucketRouters), key[:], record))
@@ -295,4 +413,36 @@ func (s *Store) Remove(name string) (tunnel.PublicKey, error) {
 	}
 	delete(s.routers, key)
 	return key, nil
+}
+
+// sysctlsBefore returns the values that settings under /proc/sys had before they
+// were changed, by path.
+func (s *Store) sysctlsBefore() (values map[string]string, err error) {
+	err = s.db.View(func(tx *bbolt.Tx) error {
+		text := tx.Bucket(bucketMeta).Get(keySysctls)
+		if text == nil {
+			return nil
+		}
+		return json.Unmarshal(text, &values)
+	})
+	return values, err
+}
+
+// setSysctlsBefore remembers values of before, but for those of which earlier
+// ones are still to be put back; nil forgets all.
+func (s *Store) setSysctlsBefore(values map[string]string) error {
+	return s.db.Update(func(tx *bbolt.Tx) error {
+		meta := tx.Bucket(bucketMeta)
+		if values == nil {
+			return meta.Delete(keySysctls)
+		}
+		all := maps.Clone(values)
+		if text := meta.Get(keySysctls); text != nil {
+			// Unmarshal overwrites what is there: earlier values win.
+			if err := json.Unmarshal(text, &all); err != nil {
+				return err
+			}
+		}
+		return putJSON(meta, keySysctls, all)
+	})
 }

@@ -20,6 +20,10 @@
 //
 // sch_netem would do this in the kernel, but many kernels are built without it.
 //
+// What measures and tries the network stands beside it, each with its path at
+// the top: probe.go and bulk.go (UDP), quic.go, ping.go (ICMP), capture.go (what
+// an interface sees), inject.go (packets no kernel would send), dns.go.
+//
 // Everything lives exactly as long as the process: the namespaces have no name
 // in the file system, the TAP devices are not persistent, and the processes
 // started in a Host are killed by the kernel when this one dies (but not their

@@ -17,7 +17,7 @@ import (
 // The path of a frame:
 //
 //  1. receive reads it, as soon as the emulator looks: no queue in the device.
-//  2. queue.offer decides, and dates it.
+//  2. queue decides, and dates it.
 //  3. It waits in its line, in a buffer of the pool.
 //  4. deliver writes it when its time has come,
 //  5. and the buffer goes back to the pool.
@@ -196,6 +196,10 @@ func (e *emulator) receive(l *line) (int, error) {
 				return n, nil
 			}
 			return n, fmt.Errorf("netlab: emulator: read a frame: %w", errno)
+		}
+		if !l.passes(buffer[:size]) {
+			e.release(buffer)
+			continue
 		}
 		due, v := l.offer(l.looked, time.Since(e.epoch), size)
 		if v != admit {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"strings"
 	"sync"
 	"time"
 	"unsafe"
@@ -347,7 +348,9 @@ func (h *Host) configure(config linkConfig) error {
 }
 
 // waitRunning waits until the kernel has noticed the carrier of all interfaces
-// that are up.
+// that are up, and takes neighbor solicitations for all their IPv6 addresses: it
+// joins the group for that some time after an address was added, and who asked
+// before asks again only a second later.
 func (h *Host) waitRunning() error {
 	return h.Do(func() error {
 		const patience = 5 * time.Second
@@ -365,14 +368,53 @@ func (h *Host) waitRunning() error {
 					}
 				}
 			}
+			if waiting != "" {
+				waiting += " has no carrier"
+			} else if waiting, err = deaf(links); err != nil {
+				return fmt.Errorf("netlab: host %s: %w", h.Name, err)
+			}
 			if waiting == "" {
 				return nil
 			}
 			if time.Since(start) > patience {
-				return fmt.Errorf("netlab: host %s: %s has no carrier %v after it was set up", h.Name, waiting, patience)
+				return fmt.Errorf("netlab: host %s: %s %v after it was set up", h.Name, waiting, patience)
 			}
 		}
 	})
+}
+
+// deaf names an interface that does not take solicitations for one of its
+// addresses yet, and the address; empty if there is none.
+func deaf(links []netlink.Link) (string, error) {
+	const path = "/proc/thread-self/net/igmp6"
+	groups, err := os.ReadFile(path) // number, interface, group, users …
+	if err != nil {
+		return "", err
+	}
+	joined := map[[2]string]bool{}
+	for line := range strings.Lines(string(groups)) {
+		if fields := strings.Fields(line); len(fields) > 2 {
+			joined[[2]string{fields[1], fields[2]}] = true
+		}
+	}
+	for _, link := range links {
+		a := link.Attrs()
+		if a.RawFlags&unix.IFF_UP == 0 || a.RawFlags&unix.IFF_LOOPBACK != 0 {
+			continue
+		}
+		addresses, err := netlink.AddrList(link, netlink.FAMILY_V6)
+		if err != nil {
+			return "", fmt.Errorf("list the addresses of %s: %w", a.Name, err)
+		}
+		for _, address := range addresses {
+			// The solicited-node group (RFC 4291 §2.7.1).
+			group := fmt.Sprintf("ff0200000000000000000001ff%x", []byte(address.IP[13:]))
+			if !joined[[2]string{a.Name, group}] {
+				return fmt.Sprintf("%s is deaf to solicitations for %s", a.Name, address.IP), nil
+			}
+		}
+	}
+	return "", nil
 }
 
 // noticeCarrier makes the kernel act on a change of carrier at once. Left to

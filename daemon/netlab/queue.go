@@ -3,6 +3,8 @@ package netlab
 import (
 	"math/rand/v2"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // A queue decides what becomes of each frame of one direction of an uplink,
@@ -10,7 +12,8 @@ import (
 //
 // The path of a decision:
 //
-//  1. A black hole swallows the frame.
+//  1. A black hole swallows the frame; passes refuses what is too large for the
+//     uplink, and UDP where that is blocked.
 //  2. The line is busy until the frame before has been sent. If that lasts
 //     longer than the queue is deep, the frame is dropped.
 //  3. It leaves when the line has sent all of it: start + size/rate.
@@ -21,6 +24,8 @@ import (
 type queue struct {
 	shape     Shape
 	blackHole bool
+	blockUDP  bool
+	mtu       int // of the uplink, 0 if no smaller than the interface's
 	random    *rand.Rand
 	counters  Counters
 
@@ -53,6 +58,8 @@ type Counters struct {
 	Lost       uint64        // by Shape.Loss
 	QueueFull  uint64        // waited for the line longer than Shape.Queue
 	BlackHoled uint64        // by Uplink.BlackHole
+	UDPBlocked uint64        // by Uplink.BlockUDP
+	TooLarge   uint64        // for Uplink.SetMTU
 	LinkDown   uint64        // the receiving interface was down
 	BufferFull uint64        // more than maxFrames under way: the Shape is beyond the emulator
 	WorstLate  time.Duration // longest delay of a delivery beyond its time, a measure of this machine's load
@@ -69,6 +76,23 @@ const (
 
 func newQueue(shape Shape, seed, stream uint64) queue {
 	return queue{shape: shape, random: rand.New(rand.NewPCG(seed, stream))}
+}
+
+// passes decides on what a frame is, before offer decides on its time.
+func (q *queue) passes(frame []byte) bool {
+	const header = 14 // of Ethernet
+	if q.mtu > 0 && len(frame) > header+q.mtu {
+		q.counters.TooLarge++
+		return false
+	}
+	if q.blockUDP && len(frame) > header {
+		// Anything but IP is not a packet, or not one of UDP.
+		if p, ok := ParsePacket(frame[header:]); ok && p.Protocol == unix.IPPROTO_UDP {
+			q.counters.UDPBlocked++
+			return false
+		}
+	}
+	return true
 }
 
 // offer decides on a frame of size bytes that is in hand now. It came after

@@ -66,6 +66,46 @@ func (u *Uplink) BlackHole(on bool) error {
 	})
 }
 
+// BlockUDP makes the uplink drop every UDP packet of both directions, IPv4 and
+// IPv6, without a sign to anybody, as some networks do; or ends that.
+func (u *Uplink) BlockUDP(on bool) error {
+	return u.shaped(func() { u.upstream.blockUDP, u.downstream.blockUDP = on, on })
+}
+
+// MTUs that SetMTU takes: below the lower one the kernel ends IPv6 on an
+// interface (RFC 8200 §5), above the other the emulator has no room.
+const minMTU, maxMTU = 1280, 1500
+
+// SetMTU sets the MTU of the interfaces at both ends, in bytes of IP packet. A
+// shaped uplink drops what is larger all the same, whoever sends it.
+func (u *Uplink) SetMTU(mtu int) error {
+	if mtu < minMTU || mtu > maxMTU {
+		return fmt.Errorf("netlab: %s: MTU %d: give %d to %d", u.Interface(), mtu, minMTU, maxMTU)
+	}
+	for _, end := range []struct {
+		host *Host
+		name string
+	}{{u.lab.Router, u.Interface()}, {u.lab.Core, u.coreInterface()}} {
+		err := end.host.Do(func() error {
+			link, err := netlink.LinkByName(end.name)
+			if err == nil {
+				err = netlink.LinkSetMTU(link, mtu)
+			}
+			if err != nil {
+				return fmt.Errorf("netlab: host %s: %s: set the MTU to %d: %w", end.host.Name, end.name, mtu, err)
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+	}
+	if u.upstream == nil {
+		return nil
+	}
+	return u.shaped(func() { u.upstream.mtu, u.downstream.mtu = mtu, mtu })
+}
+
 // Counters are those of the directions from and to the router; zero if the
 // uplink is unshaped.
 func (u *Uplink) Counters() (up, down Counters) {

@@ -1,10 +1,12 @@
 // Package router joins the data path and the control path on the device.
 //
-//	data     LAN client ─▶ intercept.Listener ─▶ carry ─▶ tunnel.Pool ─▶ Session.Relay
-//	                                                 └─▶ direct, while the tunnel is down
+//	data     LAN client's TCP ─▶ intercept.Listener ─▶ carry ─▶ tunnel.Pool ─▶ Session.Relay
+//	                                                       └─▶ direct, while the tunnel is down
+//	         other LAN packets ─▶ TUN ─▶ packets ─▶ bond.Bond ─▶ tunnel's QUIC connections and sessions
+//	         client of a forward ─▶ concentrator ─▶ tunnel.Inbound ─▶ connect ─▶ LAN host
 //	control  sheafctl ─▶ webui ─▶ Apply ─▶ settings ─┐
 //	         netlink event ───────────────▶ reconcile.Loop ─▶ want ─▶ kernel
-//	                                                          └─▶ tunnel.Pool (paths)
+//	                                                          └─▶ tunnel.Pool, packets (paths)
 package router
 
 import (
@@ -66,6 +68,9 @@ type Router struct {
 	pool   *tunnel.Pool
 	meter  meter
 
+	packets *packets
+	inbound *tunnel.Inbound
+
 	changing sync.Mutex // orders changes of settings and enrolment
 	joined   chan struct{}
 
@@ -92,6 +97,9 @@ func Run(ctx context.Context, c Config) (err error) {
 	defer func() { _ = socket.Close() }()
 
 	r := &Router{config: c, log: c.Log, state: st, pool: tunnel.NewPool(c.Log), joined: make(chan struct{}, 1)}
+	r.inbound = tunnel.NewInbound(r.pool, r.connect, c.Log)
+	r.packets = newPackets(c.Log)
+	r.packets.reach, r.packets.calm = r.pool.SetReachable, r.pool.SetCalm
 	if r.revision, err = st.settings.Current(); err != nil {
 		return err
 	}
@@ -107,7 +115,9 @@ func Run(ctx context.Context, c Config) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, r.kernel.Close()) }()
+	r.kernel.Before = st.addSysctls
 	r.loop = &reconcile.Loop{Kernel: r.kernel, Want: r.want, Report: r.reconciled, Log: c.Log}
+	r.packets.changed = r.loop.Poke
 
 	listener, err := intercept.Listen(ctx, desired.InterceptPort, c.Log)
 	if err != nil {
@@ -118,6 +128,7 @@ func Run(ctx context.Context, c Config) (err error) {
 		return err
 	}
 	r.setPeer()
+	r.setWishes()
 
 	work, ctx := errgroup.WithContext(ctx)
 	work.Go(func() error {
@@ -127,6 +138,8 @@ func Run(ctx context.Context, c Config) (err error) {
 		return nil
 	})
 	work.Go(func() error { r.pool.Run(ctx); return nil })
+	work.Go(func() error { r.packets.run(ctx); return nil })
+	work.Go(func() error { r.inbound.Run(ctx); return nil })
 	work.Go(func() error { r.meter.run(ctx, r.observe, r.pool); return nil })
 	work.Go(func() error { return r.keepJoining(ctx) })
 	work.Go(func() error { return webui.Serve(ctx, socket, webui.NewRouterHandler(r, c.Log)) })
@@ -144,10 +157,49 @@ func Run(ctx context.Context, c Config) (err error) {
 
 	cleaning, cancel := context.WithTimeout(context.Background(), cleanTime)
 	defer cancel()
-	if cleanErr := r.kernel.Clean(cleaning); cleanErr != nil {
+	if cleanErr := r.clean(cleaning); cleanErr != nil {
 		err = errors.Join(err, fmt.Errorf("removing our rules from the kernel: %w", cleanErr))
 	}
 	return err
+}
+
+// clean takes our rules away, but for what keeps blocked clients blocked.
+func (r *Router) clean(ctx context.Context) error {
+	s := r.current().Settings
+	lan, err := uplink.Observe(s.LAN.Interfaces)
+	if err != nil {
+		return err
+	}
+	return restore(ctx, r.kernel, r.state, desired.Barrier(s, uplink.Networks(lan)))
+}
+
+// restore leaves of us what is wanted to stay, and the sysctls as they were.
+func restore(ctx context.Context, k *kernel.Kernel, st *state, stay desired.State) error {
+	k.Before = nil
+	before, err := st.sysctls()
+	if err != nil {
+		return err
+	}
+	// Forwarding ends before the rules do.
+	if err := errors.Join(k.Apply(ctx, desired.Restore(before)), k.CleanTo(ctx, stay)); err != nil {
+		return err
+	}
+	return st.forgetSysctls()
+}
+
+// Cleanup takes away all that a router's daemon has put into the kernel, also
+// what stays after a clean stop with when_tunnel_down block.
+func Cleanup(ctx context.Context, stateDir string) error {
+	st, err := openState(stateDir) // fails while a daemon runs
+	if err != nil {
+		return err
+	}
+	defer func() { _ = st.db.Close() }()
+	k, err := kernel.New()
+	if err != nil {
+		return err
+	}
+	return errors.Join(restore(ctx, k, st, desired.State{}), k.Close())
 }
 
 // applyFile stores the settings given on the command line as a revision of
@@ -184,7 +236,7 @@ func (r *Router) want() (desired.State, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.uplinks = statuses
-	return desired.Compile(r.revision.Settings, statuses, uplink.Networks(lan)), nil
+	return desired.Compile(r.revision.Settings, statuses, uplink.Networks(lan), r.packets.state()), nil
 }
 
 // reconciled follows every pass of the loop. Only now may sessions be dialled
@@ -194,7 +246,9 @@ func (r *Router) reconciled(p reconcile.Pass) {
 	r.mu.Lock()
 	r.lastPass = p
 	r.mu.Unlock()
-	r.pool.SetPaths(r.paths())
+	paths := r.paths()
+	r.pool.SetPaths(paths)
+	r.packets.setPaths(paths)
 }
 
 // paths are the uplinks that may carry now.
@@ -257,15 +311,30 @@ func (r *Router) setPeer() {
 	r.mu.Lock()
 	e, s := r.enrolled, r.revision.Settings
 	r.mu.Unlock()
-	if e == nil {
-		r.pool.SetPeer(nil)
-		return
+	var peer *tunnel.Peer
+	if e != nil {
+		peer = &tunnel.Peer{
+			Identity: r.state.identity, Concentrator: e.Key, Addresses: e.Addresses,
+			Multipath: s.Multipath.Enabled, Joins: s.Multipath.Enabled && s.Multipath.PathManager == settings.PathManagerFullmesh,
+			Variant: fmt.Sprint(s.Multipath), Software: "sheafd " + r.config.Version,
+		}
 	}
-	r.pool.SetPeer(&tunnel.Peer{
-		Identity: r.state.identity, Concentrator: e.Key, Addresses: e.Addresses,
-		Multipath: s.Multipath.Enabled, Joins: s.Multipath.Enabled && s.Multipath.PathManager == settings.PathManagerFullmesh,
-		Variant: fmt.Sprint(s.Multipath), Software: "sheafd " + r.config.Version,
-	})
+	r.pool.SetPeer(peer)
+	r.packets.setPeer(peer)
+}
+
+// setWishes tells the packet path what the settings say of it.
+func (r *Router) setWishes() {
+	s := r.current().Settings
+	r.packets.setForwards(s.Forwards)
+	r.packets.bond.SetRules(rules(s.Classes))
+	inbound := 0
+	for _, f := range s.Forwards {
+		if f.Protocol == settings.ProtocolTCP {
+			inbound++
+		}
+	}
+	r.inbound.SetForwards(inbound)
 }
 
 // Settings returns the revision in force.
@@ -332,6 +401,7 @@ func (r *Router) put(ctx context.Context, s settings.Settings, author string) (s
 	err = r.loop.Sync(ctx)
 	// After the kernel: sessions dialled before would still be of the old kind.
 	r.setPeer()
+	r.setWishes()
 	if err != nil {
 		return revision, &webui.Pending{Reason: err.Error()}
 	}

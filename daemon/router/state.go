@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -23,6 +24,7 @@ var (
 	keySeed      = []byte("seed")      // of the router's Ed25519 key
 	keyEnrolment = []byte("enrolment") // enrolment, once joined
 	keyPending   = []byte("pending")   // a token that is still to be used
+	keySysctls   = []byte("sysctls")   // the values that we changed, as they were
 )
 
 // enrolment is the concentrator that the router has joined.
@@ -122,4 +124,36 @@ func (s *state) setPending(token string) error {
 		}
 		return tx.Bucket(bucketIdentity).Put(keyPending, []byte(token))
 	})
+}
+
+// sysctls returns what the sysctls that we changed were before, by path.
+func (s *state) sysctls() (before map[string]string, err error) {
+	err = s.db.View(func(tx *bbolt.Tx) error {
+		text := tx.Bucket(bucketIdentity).Get(keySysctls)
+		if text == nil {
+			return nil
+		}
+		return json.Unmarshal(text, &before)
+	})
+	return before, err
+}
+
+// addSysctls remembers values that are about to be changed, but for those of
+// which earlier ones are still to be put back.
+func (s *state) addSysctls(values map[string]string) error {
+	before, err := s.sysctls()
+	if err != nil {
+		return err
+	}
+	all := maps.Clone(values)
+	maps.Copy(all, before)
+	text, err := json.Marshal(all)
+	if err != nil {
+		return err
+	}
+	return s.db.Update(func(tx *bbolt.Tx) error { return tx.Bucket(bucketIdentity).Put(keySysctls, text) })
+}
+
+func (s *state) forgetSysctls() error {
+	return s.db.Update(func(tx *bbolt.Tx) error { return tx.Bucket(bucketIdentity).Delete(keySysctls) })
 }

@@ -122,6 +122,8 @@ func (r *Router) Status(ctx context.Context) (webui.Status, error) {
 		Problems: []string{},
 	}
 	s.Uplinks = describeUplinks(revision.Settings, statuses, pool, rates, loss)
+	s.Packets, s.Forwards = r.describePackets(s.Uplinks, revision.Settings)
+	s.DNS = describeDNS(desired.Resolver(revision.Settings, statuses, r.packets.state()))
 	s.Tunnel = describeTunnel(revision.Settings, s.Uplinks, pool)
 	s.Tunnel.Flows, s.Tunnel.DirectFlows = int(r.flows.Load()), int(r.directFlows.Load())
 	s.Multipath = describeMultipath(revision.Settings.Multipath, info, held)

@@ -26,17 +26,31 @@ type (
 	ReplaceRoute struct{ Route Route }
 	DeleteRoute  struct{ Route Route }
 
-	// ReplaceIntercept installs the whole table in one transaction, whatever
-	// was there.
-	ReplaceIntercept struct{ Intercept Intercept }
-	DeleteIntercept  struct{}
+	// ReplaceTable installs the whole table in one transaction, whatever was
+	// there.
+	ReplaceTable struct{ Table Table }
+	DeleteTable  struct{ Name string }
+
+	SetMTU struct {
+		Interface Interface
+		Bytes     int
+	}
+	SetUp      struct{ Interface Interface }
+	AddAddress struct {
+		Interface Interface
+		Address   netip.Prefix
+	}
+	DeleteAddress struct {
+		Interface Interface
+		Address   netip.Prefix
+	}
 
 	AddEndpoint      struct{ Endpoint Endpoint }
 	SetEndpointFlags struct{ Endpoint Endpoint }
 	DeleteEndpoint   struct{ Endpoint Endpoint }
 
 	SetLimits struct{ Limits Limits }
-	SetSysctl struct{ Name, Value string } // Name is below net.mptcp
+	SetSysctl struct{ Path, Value string } // Path is below /proc/sys/net
 )
 
 func (c AddRule) String() string    { return c.Rule.command("add") }
@@ -44,6 +58,9 @@ func (c DeleteRule) String() string { return c.Rule.command("delete") }
 
 func (r Rule) command(verb string) string {
 	var selectors []string
+	if r.Input != "" {
+		selectors = append(selectors, "iif "+r.Input)
+	}
 	if r.Source.IsValid() {
 		selectors = append(selectors, "from "+short(r.Source))
 	}
@@ -73,6 +90,9 @@ func (r Route) command(verb string) string {
 	if r.Local {
 		b.WriteString("local ")
 	}
+	if r.Unreachable {
+		b.WriteString("unreachable ")
+	}
 	if r.Destination.Bits() == 0 {
 		b.WriteString("default")
 	} else {
@@ -81,7 +101,10 @@ func (r Route) command(verb string) string {
 	if r.Gateway.IsValid() {
 		fmt.Fprintf(&b, " via %s", r.Gateway)
 	}
-	fmt.Fprintf(&b, " dev %s table %d protocol %d", r.Interface.Name, r.Table, Protocol)
+	if !r.Unreachable {
+		fmt.Fprintf(&b, " dev %s", r.Interface.Name)
+	}
+	fmt.Fprintf(&b, " table %d protocol %d", r.Table, Protocol)
 	if r.Metric != 0 {
 		fmt.Fprintf(&b, " metric %d", r.Metric)
 	}
@@ -91,13 +114,30 @@ func (r Route) command(verb string) string {
 	return b.String()
 }
 
-func (c ReplaceIntercept) String() string {
-	i := c.Intercept
-	return fmt.Sprintf("nft replace table inet %s { divert tcp from { %s } to port %d with mark %#x/%#x }",
-		TableName, strings.Join(i.LAN, ", "), i.Port, i.Mark, i.Mask)
+// String does not tell all of the table, which can be a hundred lines: its own
+// String does.
+func (c ReplaceTable) String() string {
+	rules := 0
+	for _, chain := range c.Table.Chains {
+		rules += len(chain.Rules)
+	}
+	return fmt.Sprintf("nft replace table inet %s (%d chains, %d rules)", c.Table.Name, len(c.Table.Chains), rules)
 }
 
-func (DeleteIntercept) String() string { return "nft delete table inet " + TableName }
+func (c DeleteTable) String() string { return "nft delete table inet " + c.Name }
+
+func (c SetMTU) String() string {
+	return fmt.Sprintf("ip link set %s mtu %d", c.Interface.Name, c.Bytes)
+}
+func (c SetUp) String() string { return fmt.Sprintf("ip link set %s up", c.Interface.Name) }
+
+func (c AddAddress) String() string {
+	return fmt.Sprintf("%s address add %s dev %s", ip(c.Address.Addr().Is6()), c.Address, c.Interface.Name)
+}
+
+func (c DeleteAddress) String() string {
+	return fmt.Sprintf("%s address delete %s dev %s", ip(c.Address.Addr().Is6()), c.Address, c.Interface.Name)
+}
 
 func (c AddEndpoint) String() string {
 	return fmt.Sprintf("ip mptcp endpoint add %s dev %s %s", c.Endpoint.Address, c.Endpoint.Interface.Name, c.Endpoint.Flags)
@@ -132,7 +172,13 @@ func (c SetLimits) String() string {
 	return fmt.Sprintf("ip mptcp limits set subflows %d add_addr_accepted %d", c.Limits.Subflows, c.Limits.AddAddrAccepted)
 }
 
-func (c SetSysctl) String() string { return fmt.Sprintf("sysctl net.mptcp.%s=%s", c.Name, c.Value) }
+func (c SetSysctl) String() string {
+	name := "net/" + c.Path
+	if !strings.Contains(name, ".") { // else a dot belongs to the name of an interface
+		name = strings.ReplaceAll(name, "/", ".")
+	}
+	return fmt.Sprintf("sysctl %s=%s", name, c.Value)
+}
 
 func ip(ipv6 bool) string {
 	if ipv6 {
@@ -155,7 +201,9 @@ func short(p netip.Prefix) string {
 func (s State) After(changes ...Change) State {
 	s.Rules = slices.Clone(s.Rules)
 	s.Routes = slices.Clone(s.Routes)
-	s.Intercept.LAN = slices.Clone(s.Intercept.LAN)
+	s.Table.Chains = slices.Clone(s.Table.Chains)
+	s.Device.Addresses = slices.Clone(s.Device.Addresses)
+	s.Sysctls = maps.Clone(s.Sysctls)
 	if s.MPTCP != nil {
 		m := *s.MPTCP
 		m.Endpoints = slices.Clone(m.Endpoints)
@@ -189,12 +237,21 @@ func (c DeleteRoute) on(s *State) {
 	s.Routes = slices.DeleteFunc(s.Routes, func(r Route) bool { return r.same(c.Route) })
 }
 
-func (c ReplaceIntercept) on(s *State) {
-	s.Intercept = c.Intercept
-	s.Intercept.LAN = slices.Clone(c.Intercept.LAN)
+func (c ReplaceTable) on(s *State) {
+	s.Table = c.Table
+	s.Table.Chains = slices.Clone(c.Table.Chains)
 }
 
-func (c DeleteIntercept) on(s *State) { s.Intercept = Intercept{} }
+func (c DeleteTable) on(s *State) { s.Table = Table{} }
+
+func (c SetMTU) on(s *State) { s.Device.MTU = c.Bytes }
+func (c SetUp) on(s *State)  { s.Device.Up = true }
+
+func (c AddAddress) on(s *State) { s.Device.Addresses = append(s.Device.Addresses, c.Address) }
+
+func (c DeleteAddress) on(s *State) {
+	s.Device.Addresses = slices.DeleteFunc(s.Device.Addresses, func(a netip.Prefix) bool { return a == c.Address })
+}
 
 func (c AddEndpoint) on(s *State) { s.MPTCP.Endpoints = append(s.MPTCP.Endpoints, c.Endpoint) }
 
@@ -212,4 +269,10 @@ func (c DeleteEndpoint) on(s *State) {
 
 func (c SetLimits) on(s *State) { s.MPTCP.Limits = c.Limits }
 
-func (c SetSysctl) on(s *State) { s.MPTCP.Sysctls[c.Name] = c.Value }
+func (c SetSysctl) on(s *State) {
+	if name, ok := strings.CutPrefix(c.Path, mptcpSysctls); ok {
+		s.MPTCP.Sysctls[name] = c.Value
+		return
+	}
+	s.Sysctls[c.Path] = Sysctl{Value: c.Value}
+}

@@ -17,12 +17,52 @@ var (
 	anyIPv6 = netip.PrefixFrom(netip.IPv6Unspecified(), 0)
 )
 
+// Tunnel is what the daemon knows of its packet path.
+type Tunnel struct {
+	Device Interface // the TUN; Index 0: there is none now
+	// Address4 and Address6 are the router's inner addresses, invalid until the
+	// concentrator has given them; Gateway4 and Gateway6 the concentrator's.
+	Address4, Address6 netip.Addr
+	Gateway4, Gateway6 netip.Addr
+	Up                 bool // it carries packets
+	// Ranking names uplinks, best first, for when the tunnel is down. Uplinks
+	// missing in it come after, in the settings' order, and backups last.
+	Ranking []string
+}
+
+// carries says whether the LAN's packets can go into the tunnel.
+func (t Tunnel) carries() bool { return t.Up && t.Device.Index != 0 }
+
+// address is the router's inner one of a family.
+func (t Tunnel) address(ipv6 bool) netip.Addr {
+	if ipv6 {
+		return t.Address6
+	}
+	return t.Address4
+}
+
+// resolver is the concentrator, while the tunnel leads there.
+func (t Tunnel) resolver(ipv6 bool) netip.Addr {
+	switch {
+	case !t.carries() || !t.address(ipv6).IsValid():
+		return netip.Addr{}
+	case ipv6:
+		return t.Gateway6
+	}
+	return t.Gateway4
+}
+
 // Compile says what the kernel should hold for these settings, with the uplinks
-// in this condition and these networks behind the LAN interfaces.
-func Compile(s settings.Settings, statuses []uplink.Status, lan []netip.Prefix) State {
+// in this condition, these networks behind the LAN interfaces, and this tunnel.
+func Compile(s settings.Settings, statuses []uplink.Status, lan []netip.Prefix, t Tunnel) State {
 	var state State
+	best := ranked(s, statuses, t.Ranking)
 	compileIntercept(&state, s.LAN)
-	compileLAN(&state, lan)
+	compileBarrier(&state, s.LAN, lan)
+	compileWayOut(&state, s, t, best)
+	compileDevice(&state, t)
+	compileForwarding(&state, s, t)
+	state.Table = compileTable(s, t, best)
 	for i, u := range s.Uplinks {
 		if status, ok := find(statuses, u); ok {
 			compileUplink(&state, i, status)
@@ -45,17 +85,23 @@ func find(statuses []uplink.Status, u settings.Uplink) (uplink.Status, bool) {
 	return statuses[i], true
 }
 
-// compileIntercept diverts clients even when no uplink is left: their
-// connections then get a clear answer from the daemon.
+// Barrier says what stays after the daemon has ended in good order: with
+// when_tunnel_down block, what keeps the LAN from leaving by any other way than
+// the tunnel; else nothing.
+func Barrier(s settings.Settings, lan []netip.Prefix) State {
+	var state State
+	if s.WhenTunnelDown == settings.Block {
+		compileBarrier(&state, s.LAN, lan)
+	}
+	slices.SortFunc(state.Rules, compareRules)
+	slices.SortFunc(state.Routes, compareRoutes)
+	return state
+}
+
+// compileIntercept makes what is marked local.
 func compileIntercept(state *State, lan settings.LAN) {
 	if len(lan.Interfaces) == 0 {
 		return
-	}
-	state.Intercept = Intercept{
-		LAN:  slices.Sorted(slices.Values(lan.Interfaces)),
-		Port: InterceptPort,
-		Mark: Mark,
-		Mask: MarkMask,
 	}
 	for _, any := range []netip.Prefix{anyIPv4, anyIPv6} {
 		state.Rules = append(state.Rules, Rule{
@@ -75,14 +121,90 @@ func compileIntercept(state *State, lan settings.LAN) {
 	}
 }
 
-// compileLAN keeps what goes to the LAN away from the uplinks' tables. A client
-// that connects to the router's address on an uplink is answered from that
-// address, and the answer would leave by the uplink.
-func compileLAN(state *State, lan []netip.Prefix) {
-	for _, network := range lan {
+// compileBarrier gives what comes from the LAN a table of its own, which ends
+// nowhere: never does a packet of a client go on to the main table.
+//
+// What goes to the LAN is kept away from this table and those of the uplinks. A
+// client that connects to the router's address on an uplink is answered from
+// that address, and the answer would leave by the uplink.
+func compileBarrier(state *State, lan settings.LAN, networks []netip.Prefix) {
+	for _, network := range networks {
 		state.Rules = append(state.Rules, Rule{
-			IPv6: network.Addr().Is6(), Priority: lanPriority, Destination: network, Table: mainTable,
+			IPv6: network.Addr().Is6(), Priority: toLANPriority, Destination: network, Table: mainTable,
 		})
+	}
+	if len(lan.Interfaces) == 0 {
+		return
+	}
+	for _, any := range []netip.Prefix{anyIPv4, anyIPv6} {
+		state.Routes = append(state.Routes, Route{Table: lanTable, Destination: any, Unreachable: true, Metric: unreachableMetric})
+		for _, name := range lan.Interfaces {
+			state.Rules = append(state.Rules, Rule{IPv6: any.Addr().Is6(), Priority: fromLANPriority, Input: name, Table: lanTable})
+		}
+	}
+}
+
+// compileWayOut leads what comes from the LAN into the tunnel, or while that is
+// down and the operator wants so, to the best uplink of each family. A tunnel
+// that is up without an inner address of a family carries none of that family,
+// and nothing else does.
+func compileWayOut(state *State, s settings.Settings, t Tunnel, best bestUplinks) {
+	if len(s.LAN.Interfaces) == 0 {
+		return
+	}
+	for _, any := range []netip.Prefix{anyIPv4, anyIPv6} {
+		ipv6 := any.Addr().Is6()
+		if t.carries() {
+			if t.address(ipv6).IsValid() {
+				state.Routes = append(state.Routes, Route{Table: lanTable, Destination: any, Interface: t.Device, Metric: metric(any.Addr())})
+			}
+			continue
+		}
+		if status, place, ok := best.of(ipv6); ok && s.WhenTunnelDown == settings.Direct {
+			state.Routes = append(state.Routes, defaultRoute(lanTable, 0, status, place)...)
+		}
+	}
+}
+
+// compileDevice sets the TUN.
+func compileDevice(state *State, t Tunnel) {
+	if t.Device.Index == 0 {
+		return
+	}
+	state.Device = Device{Interface: t.Device, MTU: TunnelMTU, Up: true}
+	for _, a := range []netip.Addr{t.Address4, t.Address6} {
+		if a.IsValid() {
+			state.Device.Addresses = append(state.Device.Addresses, single(a))
+		}
+	}
+}
+
+// compileForwarding turns on what a router needs, interface by interface where
+// the kernel lets us: those of others stay as they are.
+func compileForwarding(state *State, s settings.Settings, t Tunnel) {
+	if len(s.LAN.Interfaces) == 0 {
+		return
+	}
+	state.Sysctls = map[string]Sysctl{Forwarding6: {Value: "1"}}
+	for _, u := range s.Uplinks {
+		// A router ignores router advertisements unless told otherwise, and
+		// would lose the addresses of its uplinks.
+		state.Sysctls[routerAdvertisements(u.Interface)] = Sysctl{Value: "2", Instead: "1"}
+		if s.WhenTunnelDown == settings.Direct {
+			state.Sysctls[forwarding4(u.Interface)] = Sysctl{Value: "1"}
+			// Answers come in by the best uplink, which need not be the one that
+			// the main table prefers: strict reverse path filtering (RFC 3704)
+			// would drop them.
+			state.Sysctls[reversePath(u.Interface)] = Sysctl{Value: "2", Instead: "1"}
+		}
+	}
+	for _, name := range s.LAN.Interfaces {
+		state.Sysctls[forwarding4(name)] = Sysctl{Value: "1"}
+	}
+	if t.Device.Index != 0 {
+		state.Sysctls[forwarding4(t.Device.Name)] = Sysctl{Value: "1"}
+		// Out of the TUN come the addresses of the whole Internet.
+		state.Sysctls[reversePath(t.Device.Name)] = Sysctl{Value: "2"}
 	}
 }
 
@@ -93,34 +215,43 @@ func compileUplink(state *State, place int, status uplink.Status) {
 	table, priority := firstUplinkTable+place, firstUplinkPriority+place
 	device := Interface{Index: status.Index, Name: status.Interface}
 	for i, source := range status.Sources {
-		address, gateway := source.Addr(), status.Gateways[i]
-		onLink := func(destination netip.Prefix) {
-			state.Routes = append(state.Routes, Route{
-				Table: table, Destination: destination, Interface: device, Metric: metric(address), InitCwnd: initialWindow,
-			})
-		}
+		address := source.Addr()
 		// A prefix of the address alone has nobody else on link, and one of
 		// length 0 is the default route below.
 		if !source.IsSingleIP() && source.Bits() > 0 {
-			onLink(source.Masked())
+			state.Routes = append(state.Routes, Route{
+				Table: table, Destination: source.Masked(), Interface: device, Metric: metric(address), InitCwnd: initialWindow,
+			})
 		}
-		route := Route{Table: table, Destination: anyIPv4, Interface: device, Metric: metric(address), InitCwnd: initialWindow}
-		if address.Is6() {
-			route.Destination = anyIPv6
-		}
-		if !gateway.IsUnspecified() {
-			route.Gateway = gateway
-			// The kernel takes a gateway only when it is on link: IPv6's
-			// link-local ones always are, others may be outside the prefix.
-			if !source.Contains(gateway) && !(gateway.Is6() && gateway.IsLinkLocalUnicast()) {
-				onLink(single(gateway))
-			}
-		}
-		state.Routes = append(state.Routes, route)
+		state.Routes = append(state.Routes, defaultRoute(table, initialWindow, status, i)...)
 		state.Rules = append(state.Rules, Rule{
 			IPv6: address.Is6(), Priority: priority, Source: single(address), Table: table,
 		})
 	}
+}
+
+// defaultRoute leads out by an uplink, with what it takes to reach its gateway.
+func defaultRoute(table, window int, status uplink.Status, place int) []Route {
+	source, gateway := status.Sources[place], status.Gateways[place]
+	route := Route{
+		Table: table, Destination: anyIPv4, Interface: Interface{Index: status.Index, Name: status.Interface},
+		Metric: metric(source.Addr()), InitCwnd: window,
+	}
+	if source.Addr().Is6() {
+		route.Destination = anyIPv6
+	}
+	if gateway.IsUnspecified() {
+		return []Route{route}
+	}
+	onLink := route
+	onLink.Destination = single(gateway)
+	route.Gateway = gateway
+	// The kernel takes a gateway only when it is on link: IPv6's link-local ones
+	// always are, others may be outside the prefix.
+	if source.Contains(gateway) || gateway.Is6() && gateway.IsLinkLocalUnicast() {
+		return []Route{route}
+	}
+	return []Route{onLink, route}
 }
 
 // compileMPTCP opens a subflow from every address of every fit uplink that is

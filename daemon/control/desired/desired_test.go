@@ -29,7 +29,20 @@ func emptyKernel() State {
 			"scheduler": "default", "available_schedulers": "default roundrobin", "pm_type": "0",
 			"blackhole_timeout": "0",
 		},
-	}}
+	}, Sysctls: emptySysctls()}
+}
+
+// emptySysctls are those of a host that was never a router, and filters reverse
+// paths strictly.
+func emptySysctls() map[string]Sysctl {
+	values := map[string]Sysctl{}
+	for _, path := range SysctlPaths([]string{"lo", "lan0", "wan1", "wan2", "eth.9", TunnelName, ConcentratorTunnelName}) {
+		values[path] = Sysctl{Value: "0"}
+		if strings.HasSuffix(path, "rp_filter") || strings.HasSuffix(path, "accept_ra") {
+			values[path] = Sysctl{Value: "1"}
+		}
+	}
+	return values
 }
 
 // parseStatus reads "dsl wan1#3 10.1.0.2/24>10.1.0.1 2001:db8::2/64>fe80::1 unfit".
@@ -52,12 +65,108 @@ func parseStatus(t *testing.T, line string) uplink.Status {
 	return s
 }
 
-// TestStories plays every testdata/*.txt. A story changes settings and uplinks
-// section by section; every "changes" section holds what Diff then has to say,
-// the kernel being as the story has left it.
+// parseTunnel reads "sheaf0#9 up 10.83.0.2>10.83.0.1 fd00::2>fd00::1 lte dsl":
+// the device, whether it is up, addresses with gateways, and the ranking.
+func parseTunnel(t *testing.T, line string) (tunnel Tunnel) {
+	t.Helper()
+	for _, w := range strings.Fields(line) {
+		name, index, isDevice := strings.Cut(w, "#")
+		address, gateway, isAddress := strings.Cut(w, ">")
+		switch {
+		case isDevice:
+			tunnel.Device.Name = name
+			fmt.Sscan(index, &tunnel.Device.Index)
+		case w == "up":
+			tunnel.Up = true
+		case isAddress && strings.Contains(address, ":"):
+			tunnel.Address6, tunnel.Gateway6 = netip.MustParseAddr(address), netip.MustParseAddr(gateway)
+		case isAddress:
+			tunnel.Address4, tunnel.Gateway4 = netip.MustParseAddr(address), netip.MustParseAddr(gateway)
+		default:
+			tunnel.Ranking = append(tunnel.Ranking, w)
+		}
+	}
+	return tunnel
+}
+
+// parseConcentrator reads "sheaf-c0#9 10.83.0.1/16 fd00::1/48 connect had4 had6
+// udp 5060>10.83.0.2:5060".
+func parseConcentrator(t *testing.T, line string) (c Concentrator) {
+	t.Helper()
+	for _, w := range strings.Fields(line) {
+		name, index, isDevice := strings.Cut(w, "#")
+		port, to, isForward := strings.Cut(w, ">")
+		switch {
+		case isDevice:
+			c.Device.Name = name
+			fmt.Sscan(index, &c.Device.Index)
+		case isForward:
+			f := UDPForward{To: netip.MustParseAddrPort(to)}
+			fmt.Sscan(port, &f.Port)
+			c.UDPForwards = append(c.UDPForwards, f)
+		case w == "connect":
+			c.ConnectRouters = true
+		case w == "had4":
+			c.HadForwarding4 = true
+		case w == "had6":
+			c.HadForwarding6 = true
+		default:
+			p := netip.MustParsePrefix(w)
+			if p.Addr().Is6() {
+				c.Network6, c.Gateway6 = p.Masked(), p.Addr()
+			} else {
+				c.Network4, c.Gateway4 = p.Masked(), p.Addr()
+			}
+		}
+	}
+	return c
+}
+
+// appear makes the TUN of a kernel the one of this index, as the data path does:
+// the routes and addresses of one that has gone go with it.
+func (s State) appear(device Interface) State {
+	s = s.After()
+	if s.Device.Interface.Index == device.Index {
+		return s
+	}
+	gone := s.Device.Interface.Index
+	s.Routes = slices.DeleteFunc(s.Routes, func(r Route) bool { return gone != 0 && r.Interface.Index == gone })
+	s.Device = Device{}
+	if device.Index != 0 {
+		s.Device = Device{Interface: device, MTU: 1500}
+		s.Sysctls[forwarding4(device.Name)], s.Sysctls[reversePath(device.Name)] = Sysctl{Value: "0"}, Sysctl{Value: "1"}
+	}
+	return s
+}
+
+// tableChange is what a replaced table has more and less than the one before,
+// line by line, or all of it when it is new.
+func tableChange(before, after Table) string {
+	if before.Name == "" {
+		return after.String()
+	}
+	old, now := strings.Split(before.String(), "\n"), strings.Split(after.String(), "\n")
+	var b strings.Builder
+	for _, line := range old {
+		if !slices.Contains(now, line) {
+			fmt.Fprintf(&b, "-%s\n", line)
+		}
+	}
+	for _, line := range now {
+		if !slices.Contains(old, line) {
+			fmt.Fprintf(&b, "+%s\n", line)
+		}
+	}
+	return b.String()
+}
+
+// TestStories plays every testdata/*.txt. A story changes settings, uplinks, the
+// LAN and the tunnel section by section; every "changes" section holds what Diff
+// then has to say, the kernel being as the story has left it. A "barrier" section
+// says the same of a clean stop.
 func TestStories(t *testing.T) {
 	files, _ := filepath.Glob("testdata/*.txt")
-	if len(files) < 5 {
+	if len(files) < 12 {
 		t.Fatalf("stories: %v", files)
 	}
 	for _, file := range files {
@@ -71,6 +180,8 @@ func TestStories(t *testing.T) {
 				chosen   settings.Settings
 				statuses []uplink.Status
 				lan      []netip.Prefix
+				tunnel   Tunnel
+				middle   *Concentrator // the story is a concentrator's
 				out      strings.Builder
 			)
 			for _, section := range strings.Split("\n"+string(raw), "\n== ")[1:] {
@@ -92,8 +203,22 @@ func TestStories(t *testing.T) {
 					for network := range strings.FieldsSeq(body) {
 						lan = append(lan, netip.MustParsePrefix(network))
 					}
-				case "changes":
-					want := Compile(chosen, statuses, lan)
+				case "tunnel":
+					tunnel = parseTunnel(t, body)
+					kernel = kernel.appear(tunnel.Device)
+				case "concentrator":
+					c := parseConcentrator(t, body)
+					middle = &c
+					kernel = kernel.appear(c.Device)
+				case "changes", "barrier":
+					want := Compile(chosen, statuses, lan, tunnel)
+					if middle != nil {
+						want = CompileConcentrator(*middle)
+					}
+					if title == "barrier" {
+						want = Barrier(chosen, lan)
+					}
+					before := kernel
 					changes := Diff(kernel, want)
 					kernel = kernel.After(changes...)
 					if again := Diff(kernel, want); len(again) > 0 {
@@ -101,6 +226,9 @@ func TestStories(t *testing.T) {
 					}
 					for _, c := range changes {
 						fmt.Fprintln(&out, c)
+						if r, ok := c.(ReplaceTable); ok {
+							out.WriteString(tableChange(before.Table, r.Table))
+						}
 					}
 					for _, p := range Problems(kernel, want) {
 						fmt.Fprintln(&out, "problem:", p)
@@ -130,9 +258,11 @@ func TestDiffRepairs(t *testing.T) {
 	chosen := settings.Default()
 	chosen.LAN.Interfaces = []string{"lan0"}
 	chosen.Uplinks = []settings.Uplink{{Name: "dsl", Interface: "wan1", Mode: settings.On, Address: settings.Address{Method: settings.Existing}}}
-	want := Compile(chosen, []uplink.Status{parseStatus(t, "dsl wan1#3 10.1.0.2/24>10.1.0.1")}, nil)
-	whole := emptyKernel().After(Diff(emptyKernel(), want)...)
+	want := Compile(chosen, []uplink.Status{parseStatus(t, "dsl wan1#3 10.1.0.2/24>10.1.0.1")}, nil, parseTunnel(t, "sheaf0#9 up 10.83.0.2>10.83.0.1"))
+	empty := emptyKernel().appear(Interface{Index: 9, Name: TunnelName})
+	whole := empty.After(Diff(empty, want)...)
 
+	replaced := "\n" + ReplaceTable{want.Table}.String()
 	for _, test := range []struct {
 		name   string
 		damage func(*State)
@@ -140,10 +270,15 @@ func TestDiffRepairs(t *testing.T) {
 	}{
 		{"nothing", func(*State) {}, ""},
 		{"rules flushed", func(s *State) { s.Rules = nil }, `
+ip rule add iif lan0 lookup 8363 priority 8302 protocol 83
+ip -6 rule add iif lan0 lookup 8363 priority 8302 protocol 83
 ip rule add fwmark 0x53000000/0xff000000 lookup 8300 priority 8300 protocol 83
-ip rule add from 10.1.0.2 lookup 8301 priority 8302 protocol 83
+ip rule add from 10.1.0.2 lookup 8301 priority 8303 protocol 83
 ip -6 rule add fwmark 0x53000000/0xff000000 lookup 8300 priority 8300 protocol 83`},
-		{"a rule with more in it", func(s *State) { s.Rules[0].Altered = true }, `
+		{"a rule with more in it", func(s *State) {
+			i := slices.IndexFunc(s.Rules, func(r Rule) bool { return r.Mark != 0 && !r.IPv6 })
+			s.Rules[i].Altered = true
+		}, `
 ip rule add fwmark 0x53000000/0xff000000 lookup 8300 priority 8300 protocol 83
 ip rule delete fwmark 0x53000000/0xff000000 lookup 8300 priority 8300 protocol 83`},
 		{"another gateway", func(s *State) {
@@ -174,12 +309,36 @@ ip route replace default via 10.1.0.1 dev wan1 table 8301 protocol 83 initcwnd 2
 			}
 			s.MPTCP.Endpoints[0].Interface.Name = "eth7"
 		}, ""},
-		{"table altered", func(s *State) { s.Intercept.Altered = true },
-			"\nnft replace table inet sheaf { divert tcp from { lan0 } to port 8383 with mark 0x53000000/0xff000000 }"},
-		{"table flushed", func(s *State) { s.Intercept = Intercept{Altered: true} },
-			"\nnft replace table inet sheaf { divert tcp from { lan0 } to port 8383 with mark 0x53000000/0xff000000 }"},
-		{"table deleted", func(s *State) { s.Intercept = Intercept{} },
-			"\nnft replace table inet sheaf { divert tcp from { lan0 } to port 8383 with mark 0x53000000/0xff000000 }"},
+		{"table altered", func(s *State) { s.Table.Altered = true }, replaced},
+		{"table of another version", func(s *State) { s.Table.Digest = "" }, replaced},
+		{"table flushed", func(s *State) { s.Table = Table{Name: TableName, Altered: true} }, replaced},
+		{"table deleted", func(s *State) { s.Table = Table{} }, replaced},
+		{"barrier and way out deleted", func(s *State) {
+			s.Routes = slices.DeleteFunc(s.Routes, func(r Route) bool { return r.Table == lanTable })
+		}, `
+ip route add unreachable default table 8363 protocol 83 metric 2147483647
+ip -6 route add unreachable default table 8363 protocol 83 metric 2147483647
+ip route add default dev sheaf0 table 8363 protocol 83`},
+		{"device", func(s *State) {
+			s.Device.MTU, s.Device.Up = 1500, false
+			s.Device.Addresses = []netip.Prefix{netip.MustParsePrefix("10.9.9.9/8")}
+		}, `
+ip link set sheaf0 mtu 1380
+ip link set sheaf0 up
+ip address add 10.83.0.2/32 dev sheaf0
+ip address delete 10.9.9.9/8 dev sheaf0`},
+		{"another device of the name", func(s *State) { s.Device = Device{Interface: Interface{Index: 10, Name: TunnelName}} }, ""},
+		{"forwarding", func(s *State) {
+			s.Sysctls[forwarding4("lan0")], s.Sysctls[Forwarding6] = Sysctl{Value: "0"}, Sysctl{Value: "0"}
+			s.Sysctls[routerAdvertisements("wan1")] = Sysctl{Value: "1"}
+		}, `
+sysctl net.ipv6.conf.wan1.accept_ra=2
+sysctl net.ipv4.conf.lan0.forwarding=1
+sysctl net.ipv6.conf.all.forwarding=1`},
+		{"what an operator chose", func(s *State) {
+			s.Sysctls[routerAdvertisements("wan1")], s.Sysctls[reversePath("wan1")] = Sysctl{Value: "0"}, Sysctl{Value: "0"}
+			s.Sysctls[routerAdvertisements("lan0")] = Sysctl{Value: "2"}
+		}, ""},
 		{"endpoint made a backup", func(s *State) { s.MPTCP.Endpoints[0].Flags |= FlagBackup },
 			"\nip mptcp endpoint change 10.1.0.2 subflow"},
 		{"endpoint made fullmesh", func(s *State) { s.MPTCP.Endpoints[0].Flags |= flagFullmesh },
@@ -218,16 +377,16 @@ ip mptcp endpoint add 10.1.0.2 dev wan1 subflow`},
 func TestDiffWithoutMPTCP(t *testing.T) {
 	chosen := settings.Default()
 	chosen.LAN.Interfaces = []string{"lan0"}
-	want := Compile(chosen, nil, nil)
+	want := Compile(chosen, nil, nil, Tunnel{})
 	changes := Diff(State{}, want)
-	if len(changes) != 5 || len(Diff(State{}.After(changes...), want)) > 0 {
+	if len(changes) != 9 || len(Diff(State{}.After(changes...), want)) > 0 {
 		t.Errorf("changes: %v", changes)
 	}
 	if p := Problems(State{}, want); len(p) != 1 || p[0] != "this kernel has no MPTCP: one uplink is used at a time" {
 		t.Errorf("problems: %q", p)
 	}
 	chosen.Multipath.Enabled = false
-	if p := Problems(State{}, Compile(chosen, nil, nil)); len(p) > 0 {
+	if p := Problems(State{}, Compile(chosen, nil, nil, Tunnel{})); len(p) > 0 {
 		t.Errorf("problems though MPTCP is not wanted: %q", p)
 	}
 }
@@ -237,7 +396,7 @@ func TestProblems(t *testing.T) {
 	chosen := settings.Default()
 	chosen.Multipath.Scheduler = "redundant"
 	chosen.Multipath.SYNRetries = 3
-	want := Compile(chosen, nil, nil)
+	want := Compile(chosen, nil, nil, Tunnel{})
 	have := emptyKernel()
 	delete(have.MPTCP.Sysctls, "syn_retrans_before_tcp_fallback")
 	delete(have.MPTCP.Sysctls, "pm_type")
@@ -255,16 +414,62 @@ func TestProblems(t *testing.T) {
 	}
 }
 
+// TestResolver: what is told of the resolver is what the table does for IPv4.
+func TestResolver(t *testing.T) {
+	dsl, lte := parseStatus(t, "dsl wan1#3 10.1.0.2/24>10.1.0.1 2001:db8::2/64>fe80::1"), parseStatus(t, "lte wan2#4 10.2.0.2/24>10.2.0.1")
+	chosen := func(change func(*settings.Settings)) settings.Settings {
+		s := settings.Default()
+		s.LAN.Interfaces = []string{"lan0"}
+		s.Uplinks = []settings.Uplink{{Name: "dsl", Interface: "wan1", Mode: settings.On}, {Name: "lte", Interface: "wan2", Mode: settings.Backup}}
+		change(&s)
+		return s
+	}
+	six := []netip.Addr{netip.MustParseAddr("2620:fe::fe")}
+	for _, test := range []struct {
+		name     string
+		settings settings.Settings
+		statuses []uplink.Status
+		tunnel   string
+		want     string
+	}{
+		{"tunnel", chosen(func(*settings.Settings) {}), []uplink.Status{dsl, lte}, "sheaf0#9 up 10.83.0.2>10.83.0.1", "10.83.0.1 "},
+		{"tunnel of IPv6 alone", chosen(func(*settings.Settings) {}), []uplink.Status{dsl, lte}, "sheaf0#9 up fd00::2>fd00::1", "none"},
+		{"tunnel without an address", chosen(func(*settings.Settings) {}), []uplink.Status{dsl}, "sheaf0#9 up", "none"},
+		{"direct", chosen(func(*settings.Settings) {}), []uplink.Status{dsl, lte}, "lte", "10.1.0.1 dsl"},
+		{"the backup", chosen(func(*settings.Settings) {}), []uplink.Status{lte}, "", "10.2.0.1 lte"},
+		{"named", chosen(func(s *settings.Settings) { s.Uplinks[0].Resolvers = append(six, netip.MustParseAddr("9.9.9.9")) }), []uplink.Status{dsl}, "", "9.9.9.9 dsl"},
+		{"block", chosen(func(s *settings.Settings) { s.WhenTunnelDown = settings.Block }), []uplink.Status{dsl}, "", "none"},
+		{"not ours", chosen(func(s *settings.Settings) { s.LAN.DNS = false }), []uplink.Status{dsl}, "sheaf0#9 up 10.83.0.2>10.83.0.1", "none"},
+		{"no uplink", chosen(func(*settings.Settings) {}), nil, "", "none"},
+	} {
+		tunnel := parseTunnel(t, test.tunnel)
+		resolver, through := Resolver(test.settings, test.statuses, tunnel)
+		got := "none"
+		if resolver.IsValid() {
+			got = resolver.String() + " " + through
+		}
+		if got != test.want {
+			t.Errorf("%s: %s, want %s", test.name, got, test.want)
+		}
+		table := Compile(test.settings, test.statuses, nil, tunnel).Table.String()
+		if resolver.IsValid() != strings.Contains(table, "ipv4 meta l4proto udp th dport 53") ||
+			resolver.IsValid() && !strings.Contains(table, netip.AddrPortFrom(resolver, 53).String()) {
+			t.Errorf("%s: the table has something else than %s:\n%s", test.name, resolver, table)
+		}
+	}
+}
+
 // TestClean: an empty State takes away what is ours and leaves the host's
 // sysctls and limits as they are.
 func TestClean(t *testing.T) {
 	have := randomState(rand.New(rand.NewPCG(1, 2)))
+	have.Sysctls = emptySysctls()
 	changes := Diff(have, State{})
 	left := have.After(changes...)
-	if len(left.Rules)+len(left.Routes)+len(left.Intercept.LAN)+len(left.MPTCP.Endpoints) > 0 {
+	if len(left.Rules)+len(left.Routes)+len(left.Table.Name)+len(left.MPTCP.Endpoints) > 0 {
 		t.Errorf("left: %+v", left)
 	}
-	if diff := cmp.Diff(have.MPTCP.Sysctls, left.MPTCP.Sysctls); diff != "" || have.MPTCP.Limits != left.MPTCP.Limits {
+	if diff := cmp.Diff(have.MPTCP.Sysctls, left.MPTCP.Sysctls) + cmp.Diff(have.Sysctls, left.Sysctls); diff != "" || have.MPTCP.Limits != left.MPTCP.Limits {
 		t.Errorf("sysctls or limits were changed: %s", diff)
 	}
 }
@@ -305,8 +510,26 @@ func randomState(r *rand.Rand) State {
 		lan = append(lan, netip.PrefixFrom(netip.AddrFrom4([4]byte{192, 168, byte(i + r.IntN(2)*10), 0}), 24))
 		lan = append(lan, netip.PrefixFrom(netip.AddrFrom16([16]byte{0xfd, 7: byte(i + r.IntN(2)*10)}), 64))
 	}
-	return Compile(chosen, statuses, lan)
+	if r.IntN(2) > 0 {
+		chosen.WhenTunnelDown = settings.Block
+	}
+	chosen.LAN.DNS = r.IntN(3) > 0
+	var tunnel Tunnel
+	if r.IntN(3) > 0 {
+		tunnel.Device, tunnel.Up = testDevice, r.IntN(3) > 0
+		if r.IntN(3) > 0 {
+			tunnel.Address4 = netip.AddrFrom4([4]byte{10, 83, 0, byte(2 + r.IntN(2))})
+			tunnel.Gateway4 = netip.MustParseAddr("10.83.0.1")
+		}
+		if r.IntN(3) > 0 {
+			tunnel.Address6 = netip.AddrFrom16([16]byte{0xfd, 5: byte(r.IntN(2)), 15: 1})
+			tunnel.Gateway6 = netip.MustParseAddr("fd00::1")
+		}
+	}
+	return Compile(chosen, statuses, lan, tunnel)
 }
+
+var testDevice = Interface{Index: 99, Name: TunnelName}
 
 // TestDiffLeadsToWhatIsWanted: from any state to any other, in one step, with
 // additions first, with never more endpoints than the kernel holds, and with
@@ -314,7 +537,7 @@ func randomState(r *rand.Rand) State {
 func TestDiffLeadsToWhatIsWanted(t *testing.T) {
 	for seed := range uint64(400) {
 		r := rand.New(rand.NewPCG(seed, 0))
-		have := emptyKernel()
+		have := emptyKernel().appear(testDevice)
 		have = have.After(Diff(have, randomState(r))...)
 		want := randomState(r)
 		changes := Diff(have, want)
@@ -323,6 +546,9 @@ func TestDiffLeadsToWhatIsWanted(t *testing.T) {
 			step = step.After(c)
 			if len(step.MPTCP.Endpoints) > MaxEndpoints {
 				t.Fatalf("seed %d: %d endpoints at once\n%v", seed, len(step.MPTCP.Endpoints), changes)
+			}
+			if err := unfenced(step); err != "" {
+				t.Fatalf("seed %d: after %s: %s", seed, c, err)
 			}
 			if now := phaseOf(c, phase); now < phase {
 				t.Fatalf("seed %d: %s comes too late in\n%v", seed, c, changes)
@@ -338,9 +564,20 @@ func TestDiffLeadsToWhatIsWanted(t *testing.T) {
 		slices.SortFunc(step.MPTCP.Endpoints, compareEndpoints)
 		maps.DeleteFunc(step.MPTCP.Sysctls, func(name, _ string) bool { return want.MPTCP.Sysctls[name] == "" })
 		step.MPTCP.Omitted = want.MPTCP.Omitted
+		if want.Device.Interface.Index == 0 {
+			want.Device = step.Device
+		}
+		slices.SortFunc(step.Device.Addresses, netip.Prefix.Compare)
+		slices.SortFunc(want.Device.Addresses, netip.Prefix.Compare)
+		for path, w := range want.Sysctls {
+			if got, ok := step.Sysctls[path]; ok && got.Value != w.Value && (w.Instead == "" || w.Instead == got.Value) {
+				t.Fatalf("seed %d: %s is %s", seed, path, got.Value)
+			}
+		}
+		step.Sysctls, want.Sysctls = nil, nil
 		equal := cmp.Diff(want, step, cmp.Comparer(func(a, b netip.Addr) bool { return a == b }), cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }),
 			cmp.Comparer(func(a, b []Rule) bool { return slices.Equal(a, b) }), cmp.Comparer(func(a, b []Route) bool { return slices.Equal(a, b) }),
-			cmp.Comparer(func(a, b []Endpoint) bool { return slices.Equal(a, b) }), cmp.Comparer(func(a, b []string) bool { return slices.Equal(a, b) }))
+			cmp.Comparer(func(a, b []Endpoint) bool { return slices.Equal(a, b) }), cmp.Comparer(func(a, b []netip.Prefix) bool { return slices.Equal(a, b) }), cmp.Comparer(func(a, b Table) bool { return a.same(b) }))
 		if equal != "" {
 			t.Fatalf("seed %d: -want +got\n%s", seed, equal)
 		}
@@ -351,13 +588,104 @@ func TestDiffLeadsToWhatIsWanted(t *testing.T) {
 // left out, whose deletions may have to come first, and the table, of which
 // adding and replacing are the same change.
 func phaseOf(c Change, now int) int {
-	switch c.(type) {
-	case AddEndpoint, DeleteEndpoint, SetEndpointFlags, ReplaceIntercept:
+	switch c := c.(type) {
+	case AddEndpoint, DeleteEndpoint, SetEndpointFlags, ReplaceTable:
 		return now
+	case SetSysctl:
+		if !strings.HasPrefix(c.Path, mptcpSysctls) {
+			return 1
+		}
 	case ReplaceRoute:
 		return 1
-	case DeleteRule, DeleteRoute, DeleteIntercept:
+	case DeleteRule, DeleteRoute, DeleteTable, DeleteAddress:
 		return 2
 	}
 	return 0
+}
+
+// unfenced says what lets packets of the LAN through to the main table while
+// they are forwarded. lan0 is the only LAN interface whose forwarding the tests'
+// kernel can turn on; a state without any LAN has none to fence.
+func unfenced(s State) string {
+	if s.Sysctls[forwarding4("lan0")].Value != "1" || s.Table.Name == "" {
+		return ""
+	}
+	for _, any := range []netip.Prefix{anyIPv4, anyIPv6} {
+		if !slices.ContainsFunc(s.Rules, func(r Rule) bool { return r.Input != "" && r.IPv6 == any.Addr().Is6() && r.Table == lanTable }) {
+			return "no rule for what comes from the LAN"
+		}
+		if !slices.Contains(s.Routes, Route{Table: lanTable, Destination: any, Unreachable: true, Metric: unreachableMetric}) {
+			return "nothing stops what comes from the LAN"
+		}
+	}
+	return ""
+}
+
+// TestBlockNeverLeaks: with when_tunnel_down block, no step on the way from any
+// state to any other lets a packet of the LAN out of anything but the TUN.
+func TestBlockNeverLeaks(t *testing.T) {
+	checked := 0
+	for seed := range uint64(400) {
+		r := rand.New(rand.NewPCG(seed, 1))
+		from, to := randomState(r), randomState(r)
+		have := emptyKernel().appear(testDevice)
+		have = have.After(Diff(have, from)...)
+		if wayOut(from) != "" || wayOut(to) != "" {
+			continue // one of them is direct
+		}
+		checked++
+		for _, c := range Diff(have, to) {
+			have = have.After(c)
+			if way := wayOut(have); way != "" {
+				t.Fatalf("seed %d: after %s there is %s", seed, c, way)
+			}
+		}
+	}
+	if checked < 100 {
+		t.Errorf("only %d pairs of states were checked", checked)
+	}
+}
+
+// wayOut is a route of what comes from the LAN that leaves by an uplink.
+func wayOut(s State) string {
+	for _, r := range s.Routes {
+		if r.Table == lanTable && !r.Unreachable && r.Interface.Name != TunnelName {
+			return AddRoute{r}.String()
+		}
+	}
+	return ""
+}
+
+// TestTableDigest: every part of a table is in its digest, and nothing else is.
+func TestTableDigest(t *testing.T) {
+	table := func() Table {
+		return Table{Name: "a", Chains: []Chain{{Name: "c", Type: "filter", Hook: "forward", Priority: 1, Rules: [][]Statement{
+			{MatchInput{Interfaces: []string{"lan0"}}, Drop}, {Accept},
+		}}}}
+	}
+	first := table().sealed()
+	if again := table().sealed(); !first.same(again) {
+		t.Errorf("the same table has digests %s and %s", first.Digest, again.Digest)
+	}
+	for name, change := range map[string]func(*Table){
+		"name":      func(t *Table) { t.Name = "b" },
+		"chain":     func(t *Table) { t.Chains[0].Name = "d" },
+		"type":      func(t *Table) { t.Chains[0].Type = "nat" },
+		"hook":      func(t *Table) { t.Chains[0].Hook = "input" },
+		"priority":  func(t *Table) { t.Chains[0].Priority = 2 },
+		"order":     func(t *Table) { slices.Reverse(t.Chains[0].Rules) },
+		"fewer":     func(t *Table) { t.Chains[0].Rules = t.Chains[0].Rules[:1] },
+		"statement": func(t *Table) { t.Chains[0].Rules[0][0] = MatchInput{Interfaces: []string{"lan0"}, Not: true} },
+	} {
+		other := table()
+		change(&other)
+		if other = other.sealed(); other.Digest == first.Digest {
+			t.Errorf("%s: the digest is the same", name)
+		}
+	}
+	empty := table()
+	empty.Chains = append(empty.Chains, Chain{Name: "empty"})
+	if !empty.sealed().same(first) {
+		t.Error("a chain without rules is not left out")
+	}
 }

@@ -1,8 +1,10 @@
 package desired
 
 import (
+	"cmp"
 	"fmt"
 	"maps"
+	"net/netip"
 	"slices"
 	"strings"
 )
@@ -12,21 +14,28 @@ import (
 // what is deleted. Within additions a table has its routes before a rule leads
 // to it, and both are there before an endpoint opens subflows; deletions go the
 // other way.
+//
+// Two things take precedence, so that no packet of the LAN leaves by a way that
+// is not wanted: what keeps it from the main table is added first of all, and
+// forwarding is turned on after everything that says what is forwarded.
 func Diff(have, want State) []Change {
-	var added, replaced, deleted []Change
+	var barrier, added, replaced, deleted []Change
 
 	addEndpoints, replaceEndpoints, deleteEndpoints := diffEndpoints(have.MPTCP, want.MPTCP)
 	if have.MPTCP != nil && want.MPTCP != nil {
 		for _, name := range slices.Sorted(maps.Keys(want.MPTCP.Sysctls)) {
 			value := want.MPTCP.Sysctls[name]
 			if old, ok := have.MPTCP.Sysctls[name]; ok && old != value && offered(have.MPTCP, name, value) {
-				added = append(added, SetSysctl{name, value})
+				added = append(added, SetSysctl{mptcpSysctls + name, value})
 			}
 		}
 		if limits := have.MPTCP.Limits.meeting(want.MPTCP.Limits); limits != have.MPTCP.Limits {
 			added = append(added, SetLimits{limits})
 		}
 	}
+
+	addAddresses, deleteAddresses := diffDevice(have.Device, want.Device)
+	added = append(added, addAddresses...)
 
 	held := map[Route][]Route{}
 	for _, r := range have.Routes {
@@ -36,6 +45,8 @@ func Diff(have, want State) []Change {
 	for _, r := range slices.SortedFunc(slices.Values(want.Routes), compareRoutes) {
 		wanted[r.key()] = true
 		switch old := held[r.key()]; {
+		case len(old) == 0 && r.Unreachable:
+			barrier = append(barrier, AddRoute{r})
 		case len(old) == 0:
 			added = append(added, AddRoute{r})
 		case !slices.ContainsFunc(old, r.same):
@@ -44,20 +55,21 @@ func Diff(have, want State) []Change {
 	}
 
 	for _, r := range slices.SortedFunc(slices.Values(want.Rules), compareRules) {
-		if !slices.Contains(have.Rules, r) {
+		switch {
+		case slices.Contains(have.Rules, r):
+		case r.Priority == toLANPriority || r.Priority == fromLANPriority:
+			barrier = append(barrier, AddRule{r})
+		default:
 			added = append(added, AddRule{r})
 		}
 	}
 
-	if wanting, having := want.Intercept, have.Intercept; !wanting.same(having) {
-		switch {
-		case len(wanting.LAN) == 0:
-			// Deleted below, after the endpoints.
-		case len(having.LAN) == 0 && !having.Altered:
-			added = append(added, ReplaceIntercept{wanting})
-		default:
-			replaced = append(replaced, ReplaceIntercept{wanting})
-		}
+	switch {
+	case want.Table.Name == "" || want.Table.same(have.Table):
+	case have.Table.Name == "":
+		added = append(added, ReplaceTable{want.Table})
+	default:
+		replaced = append(replaced, ReplaceTable{want.Table})
 	}
 
 	if have.MPTCP != nil && len(have.MPTCP.Endpoints)+len(addEndpoints) > MaxEndpoints {
@@ -67,10 +79,12 @@ func Diff(have, want State) []Change {
 	}
 	added = append(added, addEndpoints...)
 	replaced = append(replaced, replaceEndpoints...)
+	replaced = append(replaced, diffSysctls(have, want)...)
 
 	deleted = append(deleted, deleteEndpoints...)
-	if len(want.Intercept.LAN) == 0 && !want.Intercept.same(have.Intercept) {
-		deleted = append(deleted, DeleteIntercept{})
+	deleted = append(deleted, deleteAddresses...)
+	if want.Table.Name == "" && have.Table.Name != "" {
+		deleted = append(deleted, DeleteTable{have.Table.Name})
 	}
 	for _, r := range slices.SortedFunc(slices.Values(have.Rules), compareRules) {
 		if !slices.Contains(want.Rules, r) {
@@ -84,7 +98,60 @@ func Diff(have, want State) []Change {
 			deleted = append(deleted, DeleteRoute{r})
 		}
 	}
-	return slices.Concat(added, replaced, deleted)
+	return slices.Concat(barrier, added, replaced, deleted)
+}
+
+// diffDevice leaves alone a TUN that is not, or not yet, the one that is meant.
+func diffDevice(have, want Device) (added, deleted []Change) {
+	if want.Interface.Index == 0 || want.Interface.Index != have.Interface.Index {
+		return nil, nil
+	}
+	if have.MTU != want.MTU {
+		added = append(added, SetMTU{want.Interface, want.MTU})
+	}
+	if want.Up && !have.Up {
+		added = append(added, SetUp{want.Interface})
+	}
+	for _, a := range want.Addresses {
+		if !slices.Contains(have.Addresses, a) {
+			added = append(added, AddAddress{want.Interface, a})
+		}
+	}
+	for _, a := range slices.SortedFunc(slices.Values(have.Addresses), netip.Prefix.Compare) {
+		if !slices.Contains(want.Addresses, a) {
+			deleted = append(deleted, DeleteAddress{want.Interface, a})
+		}
+	}
+	return added, deleted
+}
+
+// diffSysctls goes from what forwarding would break to forwarding itself.
+func diffSysctls(have, want State) []Change {
+	wanted := maps.Clone(want.Sysctls)
+	if wanted[Forwarding6].Value == "1" && have.Sysctls[Forwarding6].Value == "0" {
+		// A host becomes a router, and ignores router advertisements from now on
+		// on every interface, whomever it belongs to. In the LAN and out of a
+		// tunnel that is as it should be.
+		for path := range have.Sysctls {
+			name, found := strings.CutSuffix(strings.TrimPrefix(path, "ipv6/conf/"), "/accept_ra")
+			inLAN := slices.ContainsFunc(want.Rules, func(r Rule) bool { return r.Input == name })
+			if found && !inLAN && name != TunnelName && name != ConcentratorTunnelName && name != loopback.Name {
+				wanted[path] = Sysctl{Value: "2", Instead: "1"}
+			}
+		}
+	}
+	forwards := func(path string) bool { return strings.HasSuffix(path, "/forwarding") }
+	var changes []Change
+	for _, path := range slices.SortedFunc(maps.Keys(wanted), func(a, b string) int {
+		return cmp.Or(order(forwards(a), forwards(b)), cmp.Compare(a, b))
+	}) {
+		old, exists := have.Sysctls[path]
+		w := wanted[path]
+		if exists && old.Value != w.Value && (w.Instead == "" || w.Instead == old.Value) {
+			changes = append(changes, SetSysctl{path, w.Value})
+		}
+	}
+	return changes
 }
 
 // diffEndpoints tells the endpoints apart by their address, as the kernel does.

@@ -3,8 +3,9 @@
 //
 // The path of a decision through this package:
 //
-//	settings + []uplink.Status + LAN ─▶ Compile ─▶ want ─┐
-//	                                 package kernel ─▶ have ─┴▶ Diff ─▶ []Change ─▶ package kernel
+//	settings + []uplink.Status + LAN + Tunnel ─▶ Compile ─▶ want ─┐
+//	Concentrator ─▶ CompileConcentrator ─▶ want ──────────────────┤
+//	                                      package kernel ─▶ have ─┴▶ Diff ─▶ []Change ─▶ package kernel
 //
 // A State says the same thing whether it is wanted or was read, so that the
 // kernel is compared with and never memory.
@@ -12,6 +13,7 @@ package desired
 
 import (
 	"cmp"
+	"maps"
 	"net/netip"
 	"slices"
 )
@@ -28,28 +30,54 @@ const (
 	// Protocol is the originator of our routes and rules (rtm_protocol).
 	Protocol = 83
 
-	// Tables: one through which diverted packets reach the local listener, then
-	// one for every uplink, by its place in the settings.
+	// Tables: one through which diverted packets reach the local listener, one
+	// for every uplink, by its place in the settings, and the last for what
+	// comes from the LAN: no uplink can have that (settings.MaxUplinks).
 	FirstTable       = 8300
 	LastTable        = 8363
 	interceptTable   = FirstTable
 	firstUplinkTable = FirstTable + 1
+	lanTable         = LastTable
 	mainTable        = 254 // RT_TABLE_MAIN: a rule of ours leads there, no route of ours is in it
 
-	// Rule priorities: diverted packets, then what goes to the LAN, then one for
-	// every uplink. All come before the main table's 32766.
+	// Rule priorities: diverted packets, then what goes to the LAN, then what
+	// comes from there, then one for every uplink. All come before the main
+	// table's 32766.
 	FirstPriority       = 8300
 	LastPriority        = 8363
 	interceptPriority   = FirstPriority
-	lanPriority         = FirstPriority + 1
-	firstUplinkPriority = FirstPriority + 2
+	toLANPriority       = FirstPriority + 1
+	fromLANPriority     = FirstPriority + 2
+	firstUplinkPriority = FirstPriority + 3
 
-	// Mark is what diverted packets carry in the bits of MarkMask.
-	Mark     = 0x53000000
-	MarkMask = 0xff000000
+	// Mark is what diverted packets carry in the bits of MarkMask, and
+	// masqueradeMark what forwarded ones do that are to be masqueraded:
+	// postrouting does not know where they came in.
+	Mark           = 0x53000000
+	MarkMask       = 0xff000000
+	masqueradeMark = 0x54000000
 
-	// TableName is the name of our nftables table, of family inet.
-	TableName = "sheaf"
+	// TableName and ConcentratorTableName are the names of the nftables tables of
+	// the router and of the concentrator, of family inet.
+	TableName             = "sheaf"
+	ConcentratorTableName = "sheaf-concentrator"
+
+	// TunnelName and ConcentratorTunnelName are the names of their TUN devices.
+	// Both have TunnelMTU, in bytes: with the headers of both carriers a packet
+	// of that size fits into one of 1500 bytes.
+	TunnelName             = "sheaf0"
+	ConcentratorTunnelName = "sheaf-c0"
+	TunnelMTU              = 1380
+
+	dnsPort = 53 // RFC 1035
+
+	// The code points that package bond knows as interactive and as bulk:
+	// expedited forwarding (RFC 3246) and lower effort (RFC 8622).
+	dscpExpedited   = 46
+	dscpLowerEffort = 1
+
+	// unreachableMetric comes after every other route's.
+	unreachableMetric = 1<<31 - 1
 
 	// InterceptPort is where the intercept listens, on 127.0.0.1 and [::1]: a
 	// client cannot reach the listener by its own address.
@@ -77,19 +105,24 @@ const (
 
 // State is what the kernel should hold, or holds, of ours.
 type State struct {
-	Rules     []Rule
-	Routes    []Route
-	Intercept Intercept
+	Rules  []Rule
+	Routes []Route
+	Table  Table
+	Device Device
+	// Sysctls by path below /proc/sys/net. Those wanted are written where they
+	// exist; those read are all that this package has an interest in.
+	Sysctls map[string]Sysctl
 	// MPTCP is nil when nothing is wanted of MPTCP, or when the kernel that was
 	// read has none.
 	MPTCP *MPTCP
 }
 
-// Rule sends packets from one source, to one destination, or with one mark, to a
-// table.
+// Rule sends packets from one interface, from one source, to one destination, or
+// with one mark, to a table.
 type Rule struct {
 	IPv6        bool
 	Priority    int
+	Input       string       // interface name; empty: any
 	Source      netip.Prefix // invalid: any
 	Destination netip.Prefix // invalid: any
 	Mark        uint32
@@ -104,10 +137,11 @@ type Route struct {
 	Table       int
 	Destination netip.Prefix
 	Gateway     netip.Addr // invalid: on link
-	Interface   Interface
-	Local       bool // delivers to this host
-	Metric      int  // IPv6 has no metric 0
-	InitCwnd    int  // initial congestion window in segments; 0: the kernel's own
+	Interface   Interface  // none for an unreachable one
+	Local       bool       // delivers to this host
+	Unreachable bool       // delivers nowhere, and says so to the sender
+	Metric      int        // IPv6 has no metric 0
+	InitCwnd    int        // initial congestion window in segments; 0: the kernel's own
 	// Altered: the route that was read holds something that no route of ours does.
 	Altered bool
 }
@@ -119,15 +153,60 @@ type Interface struct {
 	Name  string
 }
 
-// Intercept diverts the TCP connections of LAN clients to the local listener.
-// Without a LAN interface there is no nftables table.
-type Intercept struct {
-	LAN  []string // interface names, sorted
-	Port uint16
-	Mark uint32
-	Mask uint32
-	// Altered: the table that was read is not as it is installed.
-	Altered bool
+// Device is the TUN of the packet path. The data path makes it and takes it
+// away; only what it is set to is wanted here.
+type Device struct {
+	Interface Interface // Index 0: there is none, or nothing is wanted of it
+	MTU       int       // bytes
+	Up        bool
+	Addresses []netip.Prefix // of global scope
+}
+
+// Sysctl is the value of one, which is only wanted instead of another if Instead
+// is set.
+type Sysctl struct {
+	Value   string
+	Instead string
+}
+
+// Forwarding4 and Forwarding6 are the paths below /proc/sys/net that make a
+// machine forward packets from every interface. For IPv6 there is no other
+// switch.
+const (
+	Forwarding4 = "ipv4/conf/all/forwarding"
+	Forwarding6 = "ipv6/conf/all/forwarding"
+)
+
+func forwarding4(name string) string { return "ipv4/conf/" + name + "/forwarding" }
+func reversePath(name string) string { return "ipv4/conf/" + name + "/rp_filter" }
+
+// routerAdvertisements is the path of accept_ra: 1 accepts router advertisements
+// while the machine forwards no IPv6, 2 also while it does.
+func routerAdvertisements(name string) string { return "ipv6/conf/" + name + "/accept_ra" }
+
+// SysctlPaths are the paths below /proc/sys/net that a State of a kernel with
+// these interfaces holds, where the kernel has them.
+func SysctlPaths(interfaces []string) []string {
+	paths := []string{Forwarding4, Forwarding6}
+	for _, name := range interfaces {
+		paths = append(paths, forwarding4(name), reversePath(name), routerAdvertisements(name))
+	}
+	return paths
+}
+
+// Restore puts back what sysctls were before, by path. Those of all interfaces
+// come first, because they set the others.
+func Restore(before map[string]string) []Change {
+	var all, single []Change
+	for _, path := range slices.Sorted(maps.Keys(before)) {
+		change := SetSysctl{Path: path, Value: before[path]}
+		if path == Forwarding4 || path == Forwarding6 {
+			all = append(all, change)
+		} else {
+			single = append(single, change)
+		}
+	}
+	return append(all, single...)
 }
 
 // MPTCP is what the in-kernel path manager and its sysctls hold.
@@ -185,6 +264,9 @@ const (
 	sysctlBlackhole  = "blackhole_timeout"
 )
 
+// mptcpSysctls is where the names below net.mptcp are.
+const mptcpSysctls = "mptcp/"
+
 // SysctlNames are the names below net.mptcp that a State of the kernel holds,
 // where the kernel has them.
 func SysctlNames() []string {
@@ -203,15 +285,9 @@ func (r Route) same(other Route) bool {
 	return r == other
 }
 
-// same says whether two states of the table mean the same.
-func (i Intercept) same(other Intercept) bool {
-	return slices.Equal(i.LAN, other.LAN) && i.Port == other.Port && i.Mark == other.Mark &&
-		i.Mask == other.Mask && i.Altered == other.Altered
-}
-
 // compareRules orders rules as the kernel looks at them.
 func compareRules(a, b Rule) int {
-	return cmp.Or(order(a.IPv6, b.IPv6), a.Priority-b.Priority, a.Source.Addr().Compare(b.Source.Addr()),
+	return cmp.Or(order(a.IPv6, b.IPv6), a.Priority-b.Priority, cmp.Compare(a.Input, b.Input), a.Source.Addr().Compare(b.Source.Addr()),
 		a.Source.Bits()-b.Source.Bits(), a.Destination.Addr().Compare(b.Destination.Addr()),
 		a.Destination.Bits()-b.Destination.Bits(), a.Table-b.Table, cmp.Compare(a.Mark, b.Mark), cmp.Compare(a.Mask, b.Mask),
 		order(a.Altered, b.Altered))

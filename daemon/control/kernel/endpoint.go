@@ -119,9 +119,12 @@ func (k *Kernel) readMPTCP(names map[int]string) (*desired.MPTCP, error) {
 		return nil, nil
 	}
 	var m desired.MPTCP
-	all, err := k.endpoints()
-	if err != nil {
-		return nil, err
+	var all []endpoint
+	var err error
+	if k.scope.router {
+		if all, err = k.endpoints(); err != nil {
+			return nil, err
+		}
 	}
 	for _, e := range all {
 		if e.ours() {
@@ -135,7 +138,7 @@ func (k *Kernel) readMPTCP(names map[int]string) (*desired.MPTCP, error) {
 	if m.Limits, err = k.limits(); err != nil {
 		return nil, err
 	}
-	m.Sysctls, err = k.readSysctls(desired.SysctlNames())
+	m.Sysctls, err = k.readMPTCPSysctls(desired.SysctlNames())
 	return &m, err
 }
 

@@ -81,6 +81,7 @@ lan: {interfaces: [lan0]}
 uplinks:
   - {name: dsl, interface: wan1}
   - {name: lte, interface: wan2}
+when_tunnel_down: block
 `))
 	must(t, err)
 	b.kernel = open(t)

@@ -1,14 +1,16 @@
 // Package kernel carries out what package desired decided, and reads back what
-// is there: rules, routes, one nftables table, MPTCP endpoints and limits, and
-// sysctls. It has every effect of the control path and decides nothing.
+// is there: rules, routes, one nftables table, the TUN, MPTCP endpoints and
+// limits, and sysctls. It has every effect of the control path and decides
+// nothing.
 //
 // The path of a change through this package:
 //
 //	[]desired.Change ─▶ Apply ─┬▶ routing.go    rules and routes, by rtnetlink
-//	                           ├▶ intercept.go  the table inet sheaf, by nf_tables
+//	                           ├▶ table.go      our nftables table, by nf_tables
+//	                           ├▶ device.go     the TUN: MTU, up, addresses
 //	                           ├▶ endpoint.go   endpoints and limits, by mptcp_pm
-//	                           └▶ sysctl.go     /proc/sys/net/mptcp
-//	desired.State ◀─ Read ◀──── the same four, only what is tagged as ours
+//	                           └▶ sysctl.go     /proc/sys/net
+//	desired.State ◀─ Read ◀──── the same five, only what is tagged as ours
 //	Changed ◀─ events.go        somebody, perhaps we, changed something: read again
 //
 // Of MPTCP it drives the upstream implementation (Linux 5.6 and later). It
@@ -20,7 +22,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"sync"
 
@@ -31,13 +32,20 @@ import (
 	"sheaf/daemon/control/desired"
 )
 
-// Kernel is the kernel's side of one network namespace.
+// Kernel is the kernel's side of one network namespace, as far as one daemon is
+// concerned with it.
 type Kernel struct {
+	scope     scope
 	namespace *os.File        // nf_tables opens a socket there for every request
 	routing   *netlink.Handle // rtnetlink
 	mptcp     *genetlink.Conn // nil when there is no upstream MPTCP
 	family    genetlink.Family
-	sysctls   *os.Root // net.mptcp; nil when there is none
+	sysctls   map[string]*os.Root // by name below sysctlDirectory; without those that the kernel lacks
+
+	// Before, if set, is given the values of sysctls below net/ipv4 and net/ipv6
+	// that are about to be changed, so that they can be put back later. When it
+	// fails, they are not changed.
+	Before func(values map[string]string) error
 
 	changed chan struct{}
 	closed  chan struct{}
@@ -47,10 +55,28 @@ type Kernel struct {
 	mu sync.Mutex // one Read or Apply at a time
 }
 
-// New opens the kernel of the calling thread's network namespace. Its methods
-// mean that namespace whichever thread calls them.
-func New() (_ *Kernel, err error) {
-	k := &Kernel{changed: make(chan struct{}, 1), closed: make(chan struct{})}
+// scope is what belongs to one daemon. A router and a concentrator may run on
+// the same machine and leave each other's alone.
+type scope struct {
+	table  string // of nftables
+	device string // the TUN
+	router bool   // has rules, routes and endpoints too
+}
+
+// New opens the kernel of the calling thread's network namespace for a router.
+// Its methods mean that namespace whichever thread calls them.
+func New() (*Kernel, error) {
+	return newKernel(scope{table: desired.TableName, device: desired.TunnelName, router: true})
+}
+
+// NewConcentrator does the same for a concentrator: that has a table, a TUN and
+// sysctls, and the limits of MPTCP, but no rules, routes or endpoints.
+func NewConcentrator() (*Kernel, error) {
+	return newKernel(scope{table: desired.ConcentratorTableName, device: desired.ConcentratorTunnelName})
+}
+
+func newKernel(scope scope) (_ *Kernel, err error) {
+	k := &Kernel{scope: scope, changed: make(chan struct{}, 1), closed: make(chan struct{})}
 	defer func() {
 		if err != nil {
 			_ = k.Close()
@@ -65,9 +91,8 @@ func New() (_ *Kernel, err error) {
 	if err = k.openMPTCP(); err != nil {
 		return nil, err
 	}
-	k.sysctls, err = os.OpenRoot(sysctlDirectory)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("open the sysctls of MPTCP: %w", err)
+	if err = k.openSysctls(); err != nil {
+		return nil, err
 	}
 	if err = k.watch(); err != nil {
 		return nil, err
@@ -83,8 +108,8 @@ func (k *Kernel) Close() error {
 		s.Close()
 	}
 	k.watches.Wait()
-	if k.sysctls != nil {
-		_ = k.sysctls.Close()
+	for _, root := range k.sysctls {
+		_ = root.Close()
 	}
 	if k.mptcp != nil {
 		_ = k.mptcp.Close()
@@ -110,7 +135,9 @@ func (k *Kernel) Read(ctx context.Context) (desired.State, error) {
 	for _, read := range []func() error{
 		func() (err error) { state.Rules, err = k.readRules(); return err },
 		func() (err error) { state.Routes, err = k.readRoutes(names); return err },
-		func() (err error) { state.Intercept, err = k.readIntercept(); return err },
+		func() (err error) { state.Table, err = k.readTable(); return err },
+		func() (err error) { state.Device, err = k.readDevice(names); return err },
+		func() (err error) { state.Sysctls, err = k.readSysctls(names); return err },
 		func() (err error) { state.MPTCP, err = k.readMPTCP(names); return err },
 	} {
 		if err := ctx.Err(); err != nil {
@@ -129,6 +156,9 @@ func (k *Kernel) Read(ctx context.Context) (desired.State, error) {
 func (k *Kernel) Apply(ctx context.Context, changes []desired.Change) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	if err := k.rememberSysctls(changes); err != nil {
+		return err
+	}
 	var failures []error
 	for _, change := range changes {
 		if err := ctx.Err(); err != nil {
@@ -153,10 +183,18 @@ func (k *Kernel) apply(change desired.Change) error {
 		return k.replaceRoute(c.Route)
 	case desired.DeleteRoute:
 		return k.deleteRoute(c.Route)
-	case desired.ReplaceIntercept:
-		return k.replaceIntercept(c.Intercept)
-	case desired.DeleteIntercept:
-		return k.deleteIntercept()
+	case desired.ReplaceTable:
+		return k.replaceTable(c.Table)
+	case desired.DeleteTable:
+		return k.deleteTable(c.Name)
+	case desired.SetMTU:
+		return k.setMTU(c.Interface, c.Bytes)
+	case desired.SetUp:
+		return k.setUp(c.Interface)
+	case desired.AddAddress:
+		return k.addAddress(c.Interface, c.Address)
+	case desired.DeleteAddress:
+		return k.deleteAddress(c.Interface, c.Address)
 	case desired.AddEndpoint:
 		return k.addEndpoint(c.Endpoint)
 	case desired.SetEndpointFlags:
@@ -166,7 +204,7 @@ func (k *Kernel) apply(change desired.Change) error {
 	case desired.SetLimits:
 		return k.setLimits(c.Limits)
 	case desired.SetSysctl:
-		return k.setSysctl(c.Name, c.Value)
+		return k.setSysctl(c.Path, c.Value)
 	}
 	return fmt.Errorf("package kernel does not know the change %T", change)
 }
@@ -174,10 +212,14 @@ func (k *Kernel) apply(change desired.Change) error {
 // Clean takes away all that is ours. Sysctls and limits stay as they are: they
 // are settings of the whole namespace, and what they were before us is not
 // known after a restart.
-func (k *Kernel) Clean(ctx context.Context) error {
+func (k *Kernel) Clean(ctx context.Context) error { return k.CleanTo(ctx, desired.State{}) }
+
+// CleanTo takes away all that is ours but what is wanted to stay, and adds what
+// of that is missing.
+func (k *Kernel) CleanTo(ctx context.Context, want desired.State) error {
 	have, err := k.Read(ctx)
 	if err != nil {
 		return err
 	}
-	return k.Apply(ctx, desired.Diff(have, desired.State{}))
+	return k.Apply(ctx, desired.Diff(have, want))
 }

@@ -2,6 +2,7 @@ package kernel
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -14,6 +15,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
+	"github.com/google/nftables/userdata"
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"sheaf/daemon/control/desired"
@@ -69,7 +72,22 @@ func compile(t *testing.T, s settings.Settings) desired.State {
 	must(t, err)
 	lan, err := uplink.Observe(s.LAN.Interfaces)
 	must(t, err)
-	return desired.Compile(s, uplink.Judge(o, wants), uplink.Networks(lan))
+	return desired.Compile(s, uplink.Judge(o, wants), uplink.Networks(lan), tunnel(t))
+}
+
+// tunnel is one that is up while there is a TUN.
+func tunnel(t *testing.T) desired.Tunnel {
+	t.Helper()
+	l, err := netlink.LinkByName(desired.TunnelName)
+	if errors.As(err, new(netlink.LinkNotFoundError)) {
+		return desired.Tunnel{}
+	}
+	must(t, err)
+	return desired.Tunnel{
+		Device: desired.Interface{Index: l.Attrs().Index, Name: desired.TunnelName}, Up: true,
+		Address4: netip.MustParseAddr("10.83.0.2"), Gateway4: netip.MustParseAddr("10.83.0.1"),
+		Address6: netip.MustParseAddr("fd83:0:0:1::1"), Gateway6: netip.MustParseAddr("fd83::1"),
+	}
 }
 
 func read(t *testing.T, k *Kernel) desired.State {
@@ -105,6 +123,14 @@ func dumpNamespace(t *testing.T) string {
 		lines := slices.DeleteFunc(slices.Sorted(strings.Lines(string(out))), func(l string) bool { return strings.Contains(l, "proto kernel") })
 		fmt.Fprintf(&b, "# %s\n%s", command, strings.Join(lines, ""))
 	}
+	if l, err := netlink.LinkByName(desired.TunnelName); err == nil {
+		fmt.Fprintf(&b, "# %s mtu %d flags %v\n", l.Attrs().Name, l.Attrs().MTU, l.Attrs().Flags)
+		addresses, err := netlink.AddrList(l, netlink.FAMILY_ALL)
+		must(t, err)
+		for _, a := range addresses {
+			fmt.Fprintf(&b, "%s\n", a.IPNet)
+		}
+	}
 	conn, err := nftables.New()
 	must(t, err)
 	tables, err := conn.ListTables()
@@ -112,15 +138,21 @@ func dumpNamespace(t *testing.T) string {
 	for _, table := range tables {
 		fmt.Fprintf(&b, "table %v %s\n", table.Family, table.Name)
 	}
+	for _, path := range desired.SysctlPaths([]string{"lan0", "wan1", "wan2", desired.TunnelName}) {
+		if value, err := os.ReadFile("/proc/sys/net/" + path); err == nil {
+			fmt.Fprintf(&b, "%s = %s", path, value)
+		}
+	}
 	return b.String()
 }
 
 func TestApplyAndRead(t *testing.T) {
 	s := router(t)
+	newTUN(t, desired.TunnelName)
 	k := open(t)
 	want := compile(t, s)
 
-	if have := read(t, k); len(have.Rules)+len(have.Routes)+len(have.Intercept.LAN)+len(have.MPTCP.Endpoints) > 0 {
+	if have := read(t, k); len(have.Rules)+len(have.Routes)+len(have.Table.Name)+len(have.Device.Addresses)+len(have.MPTCP.Endpoints) > 0 {
 		t.Fatalf("a fresh namespace holds %+v", have)
 	}
 	changes := apply(t, k, want)
@@ -150,7 +182,8 @@ func TestApplyAndRead(t *testing.T) {
 	for _, diff := range []string{
 		cmp.Diff(sorted(want.Rules), sorted(have.Rules)),
 		cmp.Diff(sortedRoutes(want.Routes), sortedRoutes(have.Routes)),
-		cmp.Diff(want.Intercept, have.Intercept, same...),
+		cmp.Diff(desired.Table{Name: want.Table.Name, Digest: want.Table.Digest}, have.Table),
+		cmp.Diff(want.Device, have.Device, same...),
 		cmp.Diff(len(want.MPTCP.Endpoints), len(have.MPTCP.Endpoints)),
 		cmp.Diff(want.MPTCP.Limits, have.MPTCP.Limits),
 	} {
@@ -158,7 +191,12 @@ func TestApplyAndRead(t *testing.T) {
 			t.Errorf("-want +read\n%s", diff)
 		}
 	}
-	if len(want.Rules) != 7 || len(want.Routes) != 8 || len(want.MPTCP.Endpoints) != 3 {
+	for path, w := range want.Sysctls {
+		if got := have.Sysctls[path].Value; got != w.Value && w.Instead == "" {
+			t.Errorf("%s is %q, want %q", path, got, w.Value)
+		}
+	}
+	if len(want.Rules) != 9 || len(want.Routes) != 12 || len(want.MPTCP.Endpoints) != 3 || len(want.Device.Addresses) != 2 {
 		t.Errorf("the router of this test is not what it should be: %+v", want)
 	}
 
@@ -185,6 +223,7 @@ func TestApplyAndRead(t *testing.T) {
 // right.
 func TestRepair(t *testing.T) {
 	s := router(t)
+	newTUN(t, desired.TunnelName)
 	k := open(t)
 	want := compile(t, s)
 	apply(t, k, want)
@@ -198,14 +237,18 @@ func TestRepair(t *testing.T) {
 			}
 		}
 	}
+	ours := &nftables.Table{Name: desired.TableName, Family: nftables.TableFamilyINet}
 	nft := func(f func(c *nftables.Conn, chain *nftables.Chain, rules []*nftables.Rule)) func(*testing.T) {
 		return func(t *testing.T) {
 			t.Helper()
 			conn, err := nftables.New()
 			must(t, err)
-			rules, err := conn.GetRules(interceptTable, interceptChain())
+			chain, err := conn.ListChain(ours, "intercept")
 			must(t, err)
-			f(conn, interceptChain(), rules)
+			chain.Table = ours
+			rules, err := conn.GetRules(ours, chain)
+			must(t, err)
+			f(conn, chain, rules)
 			must(t, conn.Flush())
 		}
 	}
@@ -214,16 +257,34 @@ func TestRepair(t *testing.T) {
 		name   string
 		damage func(*testing.T)
 	}{
-		{"rule deleted", ip("rule del from 10.1.0.2 priority 8302")},
-		{"IPv6 rule deleted", ip("-6 rule del from 2001:db8:1::2 priority 8302")},
+		{"rule deleted", ip("rule del from 10.1.0.2 priority 8303")},
+		{"IPv6 rule deleted", ip("-6 rule del from 2001:db8:1::2 priority 8303")},
 		{"mark rule deleted", ip("rule del fwmark 0x53000000/0xff000000 priority 8300")},
-		{"rule of ours too many", ip("rule add from 10.9.9.9 lookup 8301 priority 8302 protocol 83")},
-		{"rule of ours with more in it", ip("rule add from 10.1.0.2 iif lan0 lookup 8301 priority 8302 protocol 83")},
+		{"rule of ours too many", ip("rule add from 10.9.9.9 lookup 8301 priority 8303 protocol 83")},
+		{"rule of ours with more in it", ip("rule add from 10.1.0.2 oif wan1 lookup 8301 priority 8303 protocol 83")},
+		{"rule of ours from a LAN interface too", ip("rule add from 10.1.0.2 iif lan0 lookup 8301 priority 8303 protocol 83")},
+		{"rule of what comes from the LAN deleted", ip("rule del iif lan0 priority 8302")},
+		{"IPv6 rule of what comes from the LAN deleted", ip("-6 rule del iif lan0 priority 8302")},
+		{"rule of what comes from elsewhere", ip("rule add iif wan1 lookup 8363 priority 8302 protocol 83")},
+		{"barrier deleted", ip("route del unreachable default table 8363 metric 2147483647")},
+		{"IPv6 barrier deleted", ip("-6 route del unreachable default table 8363 metric 2147483647")},
+		{"barrier made a blackhole", ip("route replace blackhole default table 8363 metric 2147483647 protocol 83")},
+		{"way into the tunnel deleted", ip("route del default dev sheaf0 table 8363")},
+		{"way out by an uplink instead", ip("route replace default via 10.1.0.1 dev wan1 table 8363 protocol 83")},
+		{"IPv6 way out by an uplink instead", ip("-6 route replace default via fe80::1 dev wan1 table 8363 protocol 83 metric 1024")},
+		{"TUN down", ip("link set sheaf0 down")},
+		{"MTU of the TUN", ip("link set sheaf0 mtu 1500")},
+		{"address of the TUN deleted", ip("address del 10.83.0.2/32 dev sheaf0")},
+		{"IPv6 address of the TUN deleted", ip("address del fd83:0:0:1::1/128 dev sheaf0")},
+		{"address of the TUN too many", ip("address add 10.99.0.1/24 dev sheaf0")},
+		{"forwarding off in the LAN", func(t *testing.T) { must(t, writeSysctl("net/ipv4/conf/lan0/forwarding", "0")) }},
+		{"forwarding of IPv6 off", func(t *testing.T) { must(t, writeSysctl("net/ipv6/conf/all/forwarding", "0")) }},
+		{"strict reverse path filter on the TUN", func(t *testing.T) { must(t, writeSysctl("net/ipv4/conf/sheaf0/rp_filter", "1")) }},
 		{"LAN rule deleted", ip("rule del to 192.168.1.0/24 priority 8301")},
 		{"IPv6 LAN rule deleted", ip("-6 rule del to fd00:1::/64 priority 8301")},
 		{"LAN rule too many", ip("rule add to 192.168.9.0/24 lookup main priority 8301 protocol 83")},
 		{"LAN rule with a source", ip("rule add from 10.1.0.2 to 192.168.1.0/24 lookup main priority 8301 protocol 83")},
-		{"LAN rule with more in it", ip("rule add to 192.168.1.0/24 iif wan1 lookup main priority 8301 protocol 83")},
+		{"LAN rule with more in it", ip("rule add to 192.168.1.0/24 oif wan1 lookup main priority 8301 protocol 83")},
 		{"default route deleted", ip("route del default table 8301")},
 		{"IPv6 default route deleted", ip("-6 route del default table 8301")},
 		{"local route deleted", ip("route del local default table 8300")},
@@ -260,7 +321,7 @@ func TestRepair(t *testing.T) {
 		}},
 		{"limits lowered", ip("mptcp limits set subflows 1 add_addr_accepted 0")},
 		{"sysctl changed", func(t *testing.T) { must(t, writeSysctl("net/mptcp/enabled", "0")) }},
-		{"table deleted", nft(func(c *nftables.Conn, chain *nftables.Chain, _ []*nftables.Rule) { c.DelTable(interceptTable) })},
+		{"table deleted", nft(func(c *nftables.Conn, chain *nftables.Chain, _ []*nftables.Rule) { c.DelTable(ours) })},
 		{"chain flushed", nft(func(c *nftables.Conn, chain *nftables.Chain, _ []*nftables.Rule) { c.FlushChain(chain) })},
 		{"chain deleted", nft(func(c *nftables.Conn, chain *nftables.Chain, _ []*nftables.Rule) {
 			c.FlushChain(chain)
@@ -268,25 +329,30 @@ func TestRepair(t *testing.T) {
 		})},
 		{"rule of the table deleted", nft(func(c *nftables.Conn, _ *nftables.Chain, rules []*nftables.Rule) { c.DelRule(rules[3]) })},
 		{"rule of the table replaced", nft(func(c *nftables.Conn, chain *nftables.Chain, rules []*nftables.Rule) {
-			c.ReplaceRule(&nftables.Rule{Table: interceptTable, Chain: chain, Handle: rules[3].Handle, Exprs: accept})
+			c.ReplaceRule(&nftables.Rule{Table: ours, Chain: chain, Handle: rules[3].Handle, Exprs: accept})
 		})},
 		{"rule inserted before ours", nft(func(c *nftables.Conn, chain *nftables.Chain, _ []*nftables.Rule) {
-			c.InsertRule(&nftables.Rule{Table: interceptTable, Chain: chain, Exprs: accept})
+			c.InsertRule(&nftables.Rule{Table: ours, Chain: chain, Exprs: accept})
 		})},
 		{"policy drop", nft(func(c *nftables.Conn, chain *nftables.Chain, _ []*nftables.Rule) {
 			*chain.Policy = nftables.ChainPolicyDrop
 			c.AddChain(chain)
 		})},
 		{"chain added", nft(func(c *nftables.Conn, _ *nftables.Chain, _ []*nftables.Rule) {
-			c.AddChain(&nftables.Chain{Table: interceptTable, Name: "more"})
+			c.AddChain(&nftables.Chain{Table: ours, Name: "more"})
 		})},
-		{"set flushed", nft(func(c *nftables.Conn, _ *nftables.Chain, _ []*nftables.Rule) {
-			c.FlushSet(&nftables.Set{Table: interceptTable, Name: lanSetName})
+		{"table of an older version", nft(func(c *nftables.Conn, _ *nftables.Chain, _ []*nftables.Rule) {
+			c.DelTable(ours)
+			c.AddTable(ours)
+			chain := c.AddChain(&nftables.Chain{
+				Table: ours, Name: "prerouting", Type: nftables.ChainTypeFilter,
+				Hooknum: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityMangle,
+			})
+			c.AddRule(&nftables.Rule{Table: ours, Chain: chain, Exprs: accept, UserData: userdata.AppendString(nil, userdata.TypeComment, "sheaf 0123456789ab 1/1")})
 		})},
-		{"interface added to the set", nft(func(c *nftables.Conn, _ *nftables.Chain, _ []*nftables.Rule) {
-			key := make([]byte, unix.IFNAMSIZ)
-			copy(key, "wan1")
-			must(t, c.SetAddElements(&nftables.Set{Table: interceptTable, Name: lanSetName, KeyType: nftables.TypeIFName}, []nftables.SetElement{{Key: key}}))
+		{"table without chains", nft(func(c *nftables.Conn, _ *nftables.Chain, _ []*nftables.Rule) {
+			c.DelTable(ours)
+			c.AddTable(ours)
 		})},
 		{"everything", func(t *testing.T) { must(t, k.Clean(ctx)) }},
 	} {
@@ -332,7 +398,9 @@ func TestForeign(t *testing.T) {
 	s := router(t)
 	k := open(t)
 	for _, command := range []string{
-		"rule add from 10.1.0.2 lookup 8301 priority 8302 protocol static",
+		"rule add from 10.1.0.2 lookup 8301 priority 8303 protocol static",
+		"rule add iif lan0 lookup 8363 priority 8302 protocol static",
+		"route add unreachable default table 8363 metric 7 protocol static",
 		"rule add from 10.8.8.8 lookup main priority 8302",
 		"rule add to 192.168.1.0/24 lookup main priority 8301 protocol static",
 		"rule add from 10.8.8.8 lookup 99 priority 100 protocol 83",
@@ -353,10 +421,14 @@ func TestForeign(t *testing.T) {
 		conn.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: []expr.Any{&expr.Counter{}}})
 	}
 	must(t, conn.Flush())
-	must(t, k.setLimits(desired.Limits{Subflows: 8})) // shared, and not taken back
+	want := compile(t, s)
+	// Shared, and not taken back.
+	must(t, k.setLimits(desired.Limits{Subflows: 8}))
+	for path, w := range want.Sysctls {
+		must(t, k.setSysctl(path, w.Value))
+	}
 	before := dumpNamespace(t)
 
-	want := compile(t, s)
 	apply(t, k, want)
 	// The kernel numbers this one after ours, in our range.
 	if out, err := exec.Command("ip", "mptcp", "endpoint", "add", "10.7.0.2", "subflow").CombinedOutput(); err != nil {
@@ -407,17 +479,25 @@ func TestErrorsNameTheChange(t *testing.T) {
 	k := open(t)
 	err := k.Apply(ctx, []desired.Change{
 		desired.AddRoute{Route: desired.Route{Table: 8301, Destination: netip.MustParsePrefix("10.5.0.0/24"), Interface: desired.Interface{Index: 999, Name: "wan9"}}},
-		desired.SetSysctl{Name: "scheduler", Value: "nosuch"},
+		desired.SetSysctl{Path: "mptcp/scheduler", Value: "nosuch"},
+		desired.SetSysctl{Path: "ipv4/conf/wan9/forwarding", Value: "1"},
+		desired.AddAddress{Interface: desired.Interface{Index: 999, Name: "sheaf0"}, Address: netip.MustParsePrefix("10.83.0.2/32")},
+		desired.ReplaceTable{Table: desired.Table{Name: "other"}},
+		desired.DeleteTable{Name: "other"},
 		desired.SetLimits{Limits: desired.Limits{Subflows: 100}},
 		desired.AddRule{Rule: desired.Rule{Priority: 8301, Source: netip.MustParsePrefix("10.5.0.2/32"), Table: 8301}},
 	})
 	for i, want := range []string{
 		"ip route add 10.5.0.0/24 dev wan9 table 8301 protocol 83: no such device",
 		"sysctl net.mptcp.scheduler=nosuch: write /proc/sys/net/mptcp/scheduler: no such file or directory",
+		"sysctl net.ipv4.conf.wan9.forwarding=1: openat conf/wan9/forwarding: no such file or directory",
+		"ip address add 10.83.0.2/32 dev sheaf0: no such device",
+		"nft replace table inet other (0 chains, 0 rules): this table is not ours: ours is sheaf",
+		"nft delete table inet other: this table is not ours: ours is sheaf",
 		"ip mptcp limits set subflows 100 add_addr_accepted 0: ",
 	} {
 		lines := strings.Split(fmt.Sprint(err), "\n")
-		if len(lines) != 3 || !strings.HasPrefix(lines[i], want) {
+		if len(lines) != 7 || !strings.HasPrefix(lines[i], want) {
 			t.Errorf("got  %v\nwant %s", err, want)
 		}
 	}
@@ -427,7 +507,7 @@ func TestErrorsNameTheChange(t *testing.T) {
 
 	cancelled, cancel := context.WithCancel(ctx)
 	cancel()
-	if err := k.Apply(cancelled, []desired.Change{desired.DeleteIntercept{}}); err != context.Canceled && !strings.Contains(fmt.Sprint(err), "canceled") {
+	if err := k.Apply(cancelled, []desired.Change{desired.DeleteTable{Name: desired.TableName}}); err != context.Canceled && !strings.Contains(fmt.Sprint(err), "canceled") {
 		t.Errorf("cancelled: %v", err)
 	}
 }
@@ -467,6 +547,9 @@ func TestOtherThreads(t *testing.T) {
 	if err != nil || strings.TrimSpace(string(value)) != "1" {
 		t.Errorf("checksum_enabled here: %q, %v", value, err)
 	}
+	if value, err := os.ReadFile("/proc/sys/net/ipv4/conf/lan0/forwarding"); err != nil || strings.TrimSpace(string(value)) != "1" {
+		t.Errorf("forwarding of lan0 here: %q, %v", value, err)
+	}
 	if tables, err := (&nftables.Conn{}).ListTables(); err != nil || len(tables) != 1 {
 		t.Errorf("tables here: %v, %v", tables, err)
 	}
@@ -482,15 +565,16 @@ func TestWithoutUpstreamMPTCP(t *testing.T) {
 	} {
 		k := open(t)
 		k.mptcp.Close()
-		k.sysctls.Close()
-		k.mptcp, k.sysctls = nil, nil
+		k.sysctls[mptcpDirectory].Close()
+		delete(k.sysctls, mptcpDirectory)
+		k.mptcp = nil
 		if files != nil {
 			directory := t.TempDir()
 			for name, value := range files {
 				must(t, os.WriteFile(filepath.Join(directory, name), []byte(value+"\n"), 0o600))
 			}
 			var err error
-			k.sysctls, err = os.OpenRoot(directory)
+			k.sysctls[mptcpDirectory], err = os.OpenRoot(directory)
 			must(t, err)
 		}
 		info, err := k.Info()
@@ -501,7 +585,7 @@ func TestWithoutUpstreamMPTCP(t *testing.T) {
 		state := compile(t, s)
 		apply(t, k, state)
 		have := read(t, k)
-		if have.MPTCP != nil || len(desired.Problems(have, state)) != 1 || len(have.Rules) != 7 {
+		if have.MPTCP != nil || len(desired.Problems(have, state)) != 1 || len(have.Rules) != 9 {
 			t.Errorf("%s: %+v, %v", want, have, desired.Problems(have, state))
 		}
 		err = k.Apply(ctx, []desired.Change{desired.SetLimits{}})

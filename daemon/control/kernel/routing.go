@@ -51,6 +51,9 @@ func interfaceOf(names map[int]string, index int) desired.Interface {
 }
 
 func (k *Kernel) readRules() ([]desired.Rule, error) {
+	if !k.scope.router {
+		return nil, nil
+	}
 	var rules []desired.Rule
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
 		all, err := dump(func() ([]netlink.Rule, error) { return k.routing.RuleList(family) })
@@ -71,6 +74,7 @@ func fromRule(r netlink.Rule) desired.Rule {
 	rule := desired.Rule{
 		IPv6:        r.Family == netlink.FAMILY_V6,
 		Priority:    r.Priority,
+		Input:       r.IifName,
 		Source:      fromIPNet(r.Src),
 		Destination: fromIPNet(r.Dst),
 		Mark:        r.Mark,
@@ -95,6 +99,7 @@ func toRule(rule desired.Rule) *netlink.Rule {
 	r.Priority = rule.Priority
 	r.Table = rule.Table
 	r.Protocol = desired.Protocol
+	r.IifName = rule.Input
 	if rule.Source.IsValid() {
 		r.Src = toIPNet(rule.Source)
 	}
@@ -123,6 +128,9 @@ func (k *Kernel) deleteRule(rule desired.Rule) error {
 }
 
 func (k *Kernel) readRoutes(names map[int]string) ([]desired.Route, error) {
+	if !k.scope.router {
+		return nil, nil
+	}
 	var routes []desired.Route
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
 		of, err := dump(func() (ours []desired.Route, err error) {
@@ -150,8 +158,12 @@ func fromRoute(r netlink.Route, names map[int]string) desired.Route {
 		Destination: fromIPNet(r.Dst),
 		Interface:   interfaceOf(names, r.LinkIndex),
 		Local:       r.Type == unix.RTN_LOCAL,
+		Unreachable: r.Type == unix.RTN_UNREACHABLE,
 		Metric:      r.Priority,
 		InitCwnd:    r.InitCwnd,
+	}
+	if route.Unreachable {
+		route.Interface = desired.Interface{} // IPv6 has loopback there
 	}
 	// For a default route the library gives no destination, or one of either length.
 	if !route.Destination.IsValid() || route.Destination.Bits() == 0 {
@@ -168,7 +180,7 @@ func fromRoute(r netlink.Route, names map[int]string) desired.Route {
 	rest.Table, rest.Dst, rest.LinkIndex, rest.Priority, rest.Gw = 0, nil, 0, 0, nil
 	rest.Protocol, rest.Family, rest.Scope, rest.InitCwnd = 0, 0, 0, 0
 	rest.Flags &= unix.RTNH_F_ONLINK // the others are the kernel's observations
-	if rest.Type == unix.RTN_UNICAST || rest.Type == unix.RTN_LOCAL {
+	if rest.Type == unix.RTN_UNICAST || rest.Type == unix.RTN_LOCAL || rest.Type == unix.RTN_UNREACHABLE {
 		rest.Type = 0
 	}
 	route.Altered = !reflect.DeepEqual(rest, netlink.Route{})
@@ -188,6 +200,8 @@ func toRoute(route desired.Route) *netlink.Route {
 	switch {
 	case route.Local:
 		r.Type, r.Scope = unix.RTN_LOCAL, netlink.SCOPE_HOST
+	case route.Unreachable:
+		r.Type = unix.RTN_UNREACHABLE
 	case route.Gateway.IsValid():
 		r.Gw = route.Gateway.AsSlice()
 	default:

@@ -4,7 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -12,34 +14,82 @@ import (
 	"sheaf/daemon/control/desired"
 )
 
-// sysctlDirectory holds what belongs to one network namespace. Once it is open,
-// every thread sees that namespace's through it.
-const sysctlDirectory = "/proc/sys/net/mptcp"
+// sysctlDirectory is where the sysctls of the network are. Of its parts below,
+// each belongs to one network namespace: once it is open, every thread sees that
+// namespace's through it. The directory itself leads each thread to its own.
+const sysctlDirectory = "/proc/sys/net/"
 
-// readSysctls returns those of these names that the kernel has.
-func (k *Kernel) readSysctls(names []string) (map[string]string, error) {
-	values := map[string]string{}
-	if k.sysctls == nil {
-		return values, nil
-	}
-	for _, name := range names {
-		text, err := k.sysctls.ReadFile(name)
+const mptcpDirectory = "mptcp"
+
+func (k *Kernel) openSysctls() error {
+	k.sysctls = map[string]*os.Root{}
+	for _, name := range []string{mptcpDirectory, "ipv4", "ipv6"} {
+		root, err := os.OpenRoot(sysctlDirectory + name)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
 		if err != nil {
-			return nil, fmt.Errorf("read net.mptcp.%s: %w", name, err)
+			return fmt.Errorf("open the sysctls of %s: %w", name, err)
 		}
-		values[name] = strings.TrimSpace(string(text))
+		k.sysctls[name] = root
+	}
+	return nil
+}
+
+// readSysctl returns the value at a path below sysctlDirectory, if the kernel has it.
+func (k *Kernel) readSysctl(path string) (value string, exists bool, err error) {
+	directory, name, _ := strings.Cut(path, "/")
+	root := k.sysctls[directory]
+	if root == nil {
+		return "", false, nil
+	}
+	text, err := root.ReadFile(name)
+	// An interface that disappears says EINVAL or ENODEV while it does.
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENODEV) {
+		return "", false, nil
+	}
+	if err != nil {
+		return "", false, fmt.Errorf("read sysctl net/%s: %w", path, err)
+	}
+	return strings.TrimSpace(string(text)), true, nil
+}
+
+// readMPTCPSysctls returns those of these names below net.mptcp that the kernel has.
+func (k *Kernel) readMPTCPSysctls(names []string) (map[string]string, error) {
+	values := map[string]string{}
+	for _, name := range names {
+		value, exists, err := k.readSysctl(mptcpDirectory + "/" + name)
+		if err != nil {
+			return nil, err
+		}
+		if exists {
+			values[name] = value
+		}
 	}
 	return values, nil
 }
 
-func (k *Kernel) setSysctl(name, value string) error {
-	if k.sysctls == nil {
-		return errors.New("this kernel has no net.mptcp")
+func (k *Kernel) readSysctls(names map[int]string) (map[string]desired.Sysctl, error) {
+	values := map[string]desired.Sysctl{}
+	for _, path := range desired.SysctlPaths(slices.Collect(maps.Values(names))) {
+		value, exists, err := k.readSysctl(path)
+		if err != nil {
+			return nil, err
+		}
+		if exists {
+			values[path] = desired.Sysctl{Value: value}
+		}
 	}
-	f, err := k.sysctls.OpenFile(name, os.O_WRONLY, 0)
+	return values, nil
+}
+
+func (k *Kernel) setSysctl(path, value string) error {
+	directory, name, _ := strings.Cut(path, "/")
+	root := k.sysctls[directory]
+	if root == nil {
+		return fmt.Errorf("this kernel has no net.%s", directory)
+	}
+	f, err := root.OpenFile(name, os.O_WRONLY, 0)
 	if err != nil {
 		return err
 	}
@@ -70,7 +120,7 @@ func (k *Kernel) Info() (Info, error) {
 		pathManagers = "available_path_managers"
 		schedulers   = "available_schedulers"
 	)
-	values, err := k.readSysctls(append(desired.SysctlNames(), pathManagers, outOfTree,
+	values, err := k.readMPTCPSysctls(append(desired.SysctlNames(), pathManagers, outOfTree,
 		"mptcp_version", "mptcp_checksum", "mptcp_syn_retries", "mptcp_path_manager", "mptcp_scheduler"))
 	if err != nil {
 		return Info{}, err
@@ -85,4 +135,33 @@ func (k *Kernel) Info() (Info, error) {
 		info.MPTCP = "v0.9x"
 	}
 	return info, nil
+}
+
+// rememberSysctls tells Before what is about to be changed.
+func (k *Kernel) rememberSysctls(changes []desired.Change) error {
+	if k.Before == nil {
+		return nil
+	}
+	values := map[string]string{}
+	for _, change := range changes {
+		c, ok := change.(desired.SetSysctl)
+		if !ok || strings.HasPrefix(c.Path, mptcpDirectory+"/") {
+			continue
+		}
+		value, exists, err := k.readSysctl(c.Path)
+		if err != nil {
+			return err
+		}
+		// The TUN goes with its daemon.
+		if exists && !strings.Contains(c.Path, "/conf/"+k.scope.device+"/") {
+			values[c.Path] = value
+		}
+	}
+	if len(values) == 0 {
+		return nil
+	}
+	if err := k.Before(values); err != nil {
+		return fmt.Errorf("remembering what sysctls were: %w", err)
+	}
+	return nil
 }

@@ -14,6 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"sync"
 	"time"
 
@@ -45,6 +46,8 @@ const (
 	// backoffLast. Events do not wait for that, but for backoffFirst.
 	backoffFirst = 100 * time.Millisecond
 	backoffLast  = 10 * time.Second
+	// repeatAfter is how long the same line is not logged again.
+	repeatAfter = time.Minute
 	// usual is how many passes in a row may have something to change before
 	// that counts as contention.
 	usual = 3
@@ -74,6 +77,9 @@ type Loop struct {
 
 	passing sync.Mutex // one pass at a time
 
+	// said is when a line was logged; only Run uses it.
+	said map[string]time.Time
+
 	mu      sync.Mutex
 	waiting []chan error // for the end of the next pass to begin
 	stopped bool
@@ -85,6 +91,7 @@ var ErrStopped = errors.New("the reconcile loop has stopped")
 func (l *Loop) init() {
 	l.once.Do(func() {
 		l.poke = make(chan struct{}, 1)
+		l.said = map[string]time.Time{}
 		if l.Log == nil {
 			l.Log = slog.Default()
 		}
@@ -213,22 +220,36 @@ func (l *Loop) pass(ctx context.Context) (p Pass) {
 	return p
 }
 
-// log tells what was done, and a failure once however often it is repeated.
+// log tells what was done, and a failure once however often it is repeated. When
+// somebody undoes what we do again and again, it tells once a minute.
 func (l *Loop) log(p Pass, lastFailure string) string {
 	if p.Err == nil {
 		for _, c := range p.Changes {
-			l.Log.Info("kernel changed", "command", c.String())
+			if l.isNews(c.String()) {
+				l.Log.Info("kernel changed", "command", c.String())
+			}
 		}
-		if lastFailure != "" {
+		if lastFailure != "" && l.isNews("") {
 			l.Log.Info("the kernel is as wanted again")
 		}
 		return ""
 	}
 	failure := p.Err.Error()
-	if failure != lastFailure {
+	if failure != lastFailure && l.isNews(failure) {
 		l.Log.Warn("the kernel is not as wanted", "error", failure)
 	}
 	return failure
+}
+
+// isNews says whether a line was not logged in the last repeatAfter.
+func (l *Loop) isNews(line string) bool {
+	now := time.Now()
+	maps.DeleteFunc(l.said, func(_ string, at time.Time) bool { return now.Sub(at) >= repeatAfter })
+	if _, said := l.said[line]; said {
+		return false
+	}
+	l.said[line] = now
+	return true
 }
 
 // begin takes the wake-ups and the callers of Sync that the pass about to begin

@@ -325,6 +325,32 @@ func TestOnce(t *testing.T) {
 	}
 }
 
+// TestLogOfContention: a fight with another program is told of once a minute.
+func TestLogOfContention(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var b strings.Builder
+		kernel := NewFake(rules())
+		loop := &Loop{
+			Kernel: kernel,
+			Want:   func() (desired.State, error) { return rules(1), nil },
+			Log:    slog.New(slog.NewTextHandler(&b, nil)),
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan error)
+		go func() { ended <- loop.Run(ctx) }()
+		const minutes = 10
+		for range minutes * 60 {
+			time.Sleep(time.Second)
+			kernel.Disturb(func(s *desired.State) { s.Rules = nil })
+		}
+		cancel()
+		<-ended
+		if n := strings.Count(b.String(), "\n"); n < minutes-1 || n > minutes+1 {
+			t.Errorf("%d lines in %d minutes:\n%s", n, minutes, b.String())
+		}
+	})
+}
+
 // TestLogSaysEachFailureOnce: a failure that is repeated for hours fills no disk.
 func TestLogSaysEachFailureOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

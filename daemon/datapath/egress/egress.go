@@ -4,9 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"net"
 	"net/netip"
-	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -16,8 +16,6 @@ const (
 	// dialTime is how long a destination may take to answer. Linux itself gives
 	// up after about two minutes; people give up earlier.
 	dialTime = 20 * time.Second
-	// ownEvery is how long the list of the machine's own addresses is believed.
-	ownEvery = 5 * time.Second
 	// MaxFlows is how many flows one router may have open.
 	MaxFlows = 16384
 )
@@ -31,16 +29,13 @@ var ErrLimit = fmt.Errorf("the router has %d flows open, the most allowed", MaxF
 // safe for concurrent use.
 type Dialer struct {
 	policy Policy
-
-	mu     sync.Mutex
-	flows  map[string]int // open flows by router
-	own    []netip.Addr
-	ownAge time.Time
+	own    ownAddresses
+	flows  *limiter[string] // open, by router
 }
 
 // NewDialer returns a dialer that follows policy.
 func NewDialer(policy Policy) *Dialer {
-	return &Dialer{policy: policy, flows: map[string]int{}}
+	return &Dialer{policy: policy, flows: newLimiter[string](math.MaxInt, MaxFlows)}
 }
 
 // Dial connects to destination on behalf of router. done must be called when
@@ -49,65 +44,23 @@ func (d *Dialer) Dial(ctx context.Context, router string, destination netip.Addr
 	if destination.Port() == 0 {
 		return nil, nil, &ForbiddenError{destination.Addr(), "port 0"}
 	}
-	own, err := d.ownAddresses()
+	own, err := d.own.get()
 	if err != nil {
 		return nil, nil, err
 	}
 	if err := d.policy.Check(destination.Addr(), own); err != nil {
 		return nil, nil, err
 	}
-	if !d.enter(router) {
+	if !d.flows.enter(router) {
 		return nil, nil, ErrLimit
 	}
 	dialer := net.Dialer{Timeout: dialTime, KeepAliveConfig: keepAlive}
 	c, err := dialer.DialContext(ctx, "tcp", destination.String())
 	if err != nil {
-		d.leave(router)
+		d.flows.leave(router)
 		return nil, nil, err
 	}
-	return c.(*net.TCPConn), func() { d.leave(router) }, nil
-}
-
-func (d *Dialer) enter(router string) bool {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.flows[router] >= MaxFlows {
-		return false
-	}
-	d.flows[router]++
-	return true
-}
-
-func (d *Dialer) leave(router string) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.flows[router]--; d.flows[router] == 0 {
-		delete(d.flows, router)
-	}
-}
-
-// ownAddresses lists the machine's addresses. When they cannot be read nothing
-// may be dialled, because one of them might be.
-func (d *Dialer) ownAddresses() ([]netip.Addr, error) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if time.Since(d.ownAge) < ownEvery {
-		return d.own, nil
-	}
-	list, err := net.InterfaceAddrs()
-	if err != nil {
-		return nil, fmt.Errorf("reading the machine's own addresses: %w", err)
-	}
-	own := make([]netip.Addr, 0, len(list))
-	for _, a := range list {
-		if prefix, ok := a.(*net.IPNet); ok {
-			if address, ok := netip.AddrFromSlice(prefix.IP); ok {
-				own = append(own, address.Unmap())
-			}
-		}
-	}
-	d.own, d.ownAge = own, time.Now()
-	return own, nil
+	return c.(*net.TCPConn), func() { d.flows.leave(router) }, nil
 }
 
 // Failure is the kind of a failed Dial, as a client would have seen it.

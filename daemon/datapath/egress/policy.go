@@ -1,13 +1,16 @@
-// Package egress connects flows to their destinations on the Internet, and
-// refuses those that a concentrator must not reach on a router's behalf.
+// Package egress is where the concentrator meets the Internet: it says what may
+// be reached on a router's behalf, connects flows there, answers the routers' DNS
+// queries and takes in connections for the hosts behind them.
 //
-//	destination ─▶ Policy.Check ─▶ Limiter ─▶ dial ─▶ connection
+//	flow       destination ─▶ Policy.Check ─▶ Dialer: limit ─▶ dial ─▶ connection
+//	packet     destination ─▶ Checker ─▶ TUN
+//	DNS query  inner address, port 53 ─▶ Resolver ─▶ the machine's resolvers
+//	client ─▶ port ─▶ Forwards ─▶ open ─▶ router
 package egress
 
 import (
 	"fmt"
 	"net/netip"
-	"slices"
 )
 
 // refused ranges are never dialled unless the operator allows them: what is
@@ -44,6 +47,37 @@ var embedding = []struct {
 	{netip.MustParsePrefix("::/96"), 12},        // IPv4-compatible (RFC 4291 section 2.5.5.1)
 }
 
+// suspect holds, for IPv4 and IPv6, the first bytes of the addresses that one of
+// the prefixes above may contain, so that most packets need not be compared with
+// each.
+var suspect = func() (first [2][256]bool) {
+	mark := func(p netip.Prefix) {
+		family, from := 0, p.Addr().AsSlice()[0]
+		if p.Addr().Is6() {
+			family = 1
+		}
+		for b := int(from); b <= int(from|0xff>>min(p.Bits(), 8)); b++ {
+			first[family][b] = true
+		}
+	}
+	for _, r := range refused {
+		mark(r.prefix)
+	}
+	for _, e := range embedding {
+		mark(e.prefix)
+	}
+	return first
+}()
+
+// isSuspect is false for most addresses.
+func isSuspect(a netip.Addr) bool {
+	b := a.As16()
+	if a.Is4() {
+		return suspect[0][b[12]]
+	}
+	return suspect[1][b[0]]
+}
+
 // ForbiddenError says why a destination is refused.
 type ForbiddenError struct {
 	Destination netip.Addr
@@ -62,28 +96,40 @@ type Policy struct {
 
 // Check returns a *ForbiddenError for a destination that may not be dialled.
 // own are the machine's own addresses.
-func (p Policy) Check(destination netip.Addr, own []netip.Addr) error {
+func (p Policy) Check(destination netip.Addr, own map[netip.Addr]struct{}) error {
 	destination = destination.Unmap().WithZone("")
+	if what := p.refusal(destination, own); what != "" {
+		return &ForbiddenError{destination, what}
+	}
+	return nil
+}
+
+// refusal says why a destination is refused, which is empty when it is not. It
+// runs for every packet and does not allocate.
+func (p Policy) refusal(destination netip.Addr, own map[netip.Addr]struct{}) string {
 	for _, allowed := range p.Allowed {
 		if allowed.Contains(destination) {
-			return nil
+			return ""
 		}
 	}
-	if slices.Contains(own, destination) {
-		return &ForbiddenError{destination, "an address of the concentrator itself"}
+	if _, is := own[destination]; is {
+		return "an address of the concentrator itself"
+	}
+	if !isSuspect(destination) {
+		return ""
 	}
 	for _, r := range refused {
 		if r.prefix.Contains(destination) {
-			return &ForbiddenError{destination, r.what}
+			return r.what
 		}
 	}
 	for _, e := range embedding {
 		if e.prefix.Contains(destination) {
 			b := destination.As16()
-			if err := p.Check(netip.AddrFrom4([4]byte(b[e.at:e.at+4])), own); err != nil {
-				return err
+			if what := p.refusal(netip.AddrFrom4([4]byte(b[e.at:e.at+4])), own); what != "" {
+				return what
 			}
 		}
 	}
-	return nil
+	return ""
 }

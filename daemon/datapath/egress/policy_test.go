@@ -9,7 +9,7 @@ import (
 )
 
 func TestPolicy(t *testing.T) {
-	own := []netip.Addr{netip.MustParseAddr("198.51.100.1"), netip.MustParseAddr("2001:db8::1")}
+	own := map[netip.Addr]struct{}{netip.MustParseAddr("198.51.100.1"): {}, netip.MustParseAddr("2001:db8::1"): {}}
 	for _, c := range []struct {
 		destination string
 		allowed     string
@@ -62,6 +62,34 @@ func TestPolicy(t *testing.T) {
 	}
 }
 
+// TestSuspect compares the short cut with what it spares, over all first bytes
+// of an address.
+func TestSuspect(t *testing.T) {
+	contained := func(a netip.Addr) bool {
+		for _, r := range refused {
+			if r.prefix.Contains(a) {
+				return true
+			}
+		}
+		return false
+	}
+	found := 0
+	for i := range 1 << 16 {
+		hi, lo := byte(i>>8), byte(i)
+		for _, a := range []netip.Addr{netip.AddrFrom4([4]byte{hi, lo, 129, 16}), netip.AddrFrom16([16]byte{hi, lo})} {
+			if contained(a) {
+				found++
+				if !isSuspect(a) {
+					t.Fatalf("%s is refused but not suspect", a)
+				}
+			}
+		}
+	}
+	if found < 1000 || isSuspect(netip.MustParseAddr("203.0.113.7")) || isSuspect(netip.MustParseAddr("2606:4700::1111")) {
+		t.Errorf("%d refused addresses found; ordinary ones must not be suspect", found)
+	}
+}
+
 func TestDialer(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -77,8 +105,8 @@ func TestDialer(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if d.flows["home"] != 1 {
-		t.Errorf("%d flows counted, want 1", d.flows["home"])
+	if d.flows.by["home"] != 1 {
+		t.Errorf("%d flows counted, want 1", d.flows.by["home"])
 	}
 	_ = c.Close()
 	done()
@@ -89,11 +117,11 @@ func TestDialer(t *testing.T) {
 	if _, _, err := d.Dial(context.Background(), "home", netip.AddrPortFrom(destination.Addr(), 0)); Classify(err) != Forbidden {
 		t.Errorf("port 0: %v", err)
 	}
-	d.flows["busy"] = MaxFlows
+	d.flows.by["busy"] = MaxFlows
 	if _, _, err := d.Dial(context.Background(), "busy", destination); Classify(err) != Limited {
 		t.Errorf("at the limit: %v", err)
 	}
-	if len(d.flows) != 1 {
-		t.Errorf("flows left over: %v", d.flows)
+	if len(d.flows.by) != 1 {
+		t.Errorf("flows left over: %v", d.flows.by)
 	}
 }

@@ -39,19 +39,53 @@ type DialFunc func(ctx context.Context, router string, destination netip.AddrPor
 
 // Server is the concentrator's end of the tunnel.
 //
-//	listener ─▶ TLS, first message (admit) ─▶ session ─ OPEN ─▶ DialFunc ─▶ relay
+//	listener ─▶ TLS, first message (admit) ─┬▶ session ─ OPEN ─▶ DialFunc ─▶ relay
+//	                                        ├▶ session parked (inbound.go) ─▶ OpenInbound ─ OPEN ─▶ relay
+//	                                        └▶ session of packets (stream.go) ─▶ PacketsHandler
+//	UDP socket ─▶ QUIC, first message (admit) ─▶ datagrams (datagram.go) ─▶ PacketsHandler
 type Server struct {
 	identity  *Identity
 	admission Admission
 	dial      DialFunc
+	packets   PacketsHandler // nil: packets are refused
 	log       *slog.Logger
 
 	unknown chan struct{} // holds a token for every connection not introduced
 
 	mu      sync.Mutex
 	closed  bool
-	routers map[PublicKey]*RouterActivity
+	routers map[PublicKey]*guest
 	active  map[*Session]PublicKey
+	carried map[*datagrams]PublicKey
+	calm    map[PublicKey]*calm
+}
+
+// guest is one router at the server.
+type guest struct {
+	RouterActivity
+	connections [uses]int
+	parked      []*Session      // of role inbound, without a flow; the one used last is the last
+	waiting     []chan *Session // connections to forwarded ports that wait for one
+}
+
+// use is what a connection of a router is for. Each is bounded by itself.
+type use int
+
+const (
+	useFlows use = iota
+	usePackets
+	useInbound
+	useDatagrams
+	uses
+)
+
+// mostOf bounds one router's connections. A router keeps three sessions for
+// packets and one QUIC connection for each uplink; what is left is for those of
+// an earlier start that have not been noticed to be dead.
+var mostOf = [uses]int{useFlows: maxSessions, usePackets: 8, useInbound: maxInbound, useDatagrams: 32}
+
+func (u use) String() string {
+	return [uses]string{"sessions for flows", "sessions for packets", "sessions for inbound flows", "QUIC connections"}[u]
 }
 
 // RouterActivity is what a server has seen of one router since it started.
@@ -59,10 +93,43 @@ type RouterActivity struct {
 	Name     string
 	Address  string // that the last session came from
 	LastSeen time.Time
-	Sessions int
-	Flows    int    // open now
-	Received uint64 // payload bytes from the router, of ended sessions and live ones
+	Sessions int    // that the router opens flows on
+	Flows    int    // open now, inbound ones included
+	Received uint64 // payload bytes from the router, of ended connections and live ones
 	Sent     uint64
+
+	PacketSessions  int // the stream carrier
+	Datagrams       int // the datagram carrier: QUIC connections
+	InboundSessions int
+}
+
+// PacketsHandler receives the carriers of routers' packets.
+type PacketsHandler interface {
+	// Inner returns a router's addresses for its WELCOME. A *RefusedError is what
+	// the router is told; another error is only logged.
+	Inner(key PublicKey, name string) (Inner, error)
+	// Attach serves one carrier until it ends, on a goroutine of its own; the
+	// carrier is closed when it returns. Carriers with the same bond belong to one
+	// start of the router. link is the uplink as the router names it: 1 to 32 of
+	// a-z, 0-9 and -, or empty for a stream, which uses all.
+	Attach(key PublicKey, name string, bond uint64, link string, datagram bool, m Messages)
+}
+
+// HandlePackets sets who receives packets. Call it before Serve.
+func (v *Server) HandlePackets(h PacketsHandler) { v.packets = h }
+
+// SetCalm is Pool.SetCalm for the sessions of one router.
+func (v *Server) SetCalm(key PublicKey, on bool) { v.calmOf(key).on.Store(on) }
+
+func (v *Server) calmOf(key PublicKey) *calm {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	c := v.calm[key]
+	if c == nil {
+		c = newCalm(v.log)
+		v.calm[key] = c
+	}
+	return c
 }
 
 // NewServer returns a server that listens nowhere yet.
@@ -70,7 +137,8 @@ func NewServer(id *Identity, admission Admission, dial DialFunc, log *slog.Logge
 	return &Server{
 		identity: id, admission: admission, dial: dial, log: log,
 		unknown: make(chan struct{}, maxUnknown),
-		routers: map[PublicKey]*RouterActivity{}, active: map[*Session]PublicKey{},
+		routers: map[PublicKey]*guest{}, active: map[*Session]PublicKey{},
+		carried: map[*datagrams]PublicKey{}, calm: map[PublicKey]*calm{},
 	}
 }
 
@@ -121,23 +189,40 @@ func (v *Server) accept(ctx context.Context, l net.Listener) {
 // welcome takes one connection from its first byte to the end of its session.
 func (v *Server) welcome(ctx context.Context, conn *net.TCPConn) {
 	_ = conn.SetDeadline(time.Now().Add(handshakeTime))
-	s, key, err := v.introduce(conn)
+	s, g, err := v.introduce(conn)
 	<-v.unknown
 	if err != nil {
 		_ = conn.Close()
-		v.log.Warn("session refused", "remote", conn.RemoteAddr(), "key", fingerprintOrNone(key), "error", err)
+		v.log.Warn("session refused", "remote", conn.RemoteAddr(), "key", fingerprintOrNone(g.key), "error", err)
 		return
 	}
 	_ = conn.SetDeadline(time.Time{})
-	name := v.enter(s, key)
-	defer v.leave(s, key)
-	s.open = func(number uint32, destination netip.AddrPort) error {
-		return v.open(ctx, s, key, name, number, destination)
+	defer v.leave(s, g)
+	if !v.enter(s, g) {
+		s.Close()
 	}
-	s.run()
+	switch g.Role {
+	case rolePackets:
+		v.attach(g, newStream(s, frameState, frameConfig))
+	case roleInbound:
+		v.park(s, g.key)
+		s.run()
+		v.unpark(s, g.key)
+	default:
+		s.open = func(payload []byte) error { return v.open(ctx, s, g.key, g.Router, payload) }
+		s.run()
+	}
 	if !errors.Is(s.err, errSessionClosed) {
-		v.log.Debug("session ended", "router", name, "remote", conn.RemoteAddr(), "error", s.err)
+		v.log.Debug("session ended", "router", g.Router, "role", g.Role, "remote", conn.RemoteAddr(), "error", s.err)
 	}
+}
+
+// attach hands a carrier to the handler and closes it when that returns.
+func (v *Server) attach(g greeting, m Messages) {
+	if !isClosed(m.Done()) {
+		v.packets.Attach(g.key, g.Router, g.Bond, g.Link, g.use == useDatagrams, m)
+	}
+	_ = m.Close()
 }
 
 func fingerprintOrNone(key PublicKey) string {
@@ -147,99 +232,204 @@ func fingerprintOrNone(key PublicKey) string {
 	return key.Fingerprint()
 }
 
+// greeting is what a first message and the answer to it have settled.
+type greeting struct {
+	hello
+	welcome
+	key PublicKey
+	use use
+}
+
 // introduce completes TLS and answers the first message.
-func (v *Server) introduce(conn *net.TCPConn) (*Session, PublicKey, error) {
+func (v *Server) introduce(conn *net.TCPConn) (*Session, greeting, error) {
+	var g greeting
 	s, err := newSession(conn)
 	if err != nil {
-		return nil, PublicKey{}, err
+		return nil, g, err
 	}
-	s.tls = tls.Server(s.wire, v.identity.serverConfig())
+	s.tls = tls.Server(s.wire, v.identity.serverConfig(alpn))
 	if err := s.tls.Handshake(); err != nil {
-		return nil, PublicKey{}, fmt.Errorf("TLS handshake: %w", err)
+		return nil, g, fmt.Errorf("TLS handshake: %w", err)
 	}
-	key, err := peerKey(s.tls.ConnectionState())
-	if err != nil {
-		return nil, PublicKey{}, err
+	if g.key, err = peerKey(s.tls.ConnectionState(), alpn); err != nil {
+		return nil, g, err
 	}
 	kind, body, err := s.receiveControl()
 	if err != nil {
-		return nil, key, fmt.Errorf("first message: %w", err)
+		return nil, g, fmt.Errorf("first message: %w", err)
 	}
-	w, err := v.admit(kind, body, key)
+	g, err = v.admit(kind, body, g.key, false)
 	if err != nil {
-		refused := new(RefusedError)
-		if !errors.As(err, &refused) {
-			refused = &RefusedError{CodeInternal, "the concentrator could not decide; see its log"}
-		}
-		if sendErr := s.sendControl(frameRefuse, refused); sendErr != nil {
-			err = errors.Join(err, sendErr)
-		}
-		return nil, key, err
+		return nil, g, errors.Join(err, s.sendControl(frameRefuse, refusal(err)))
 	}
-	if err := s.sendControl(frameWelcome, w); err != nil {
-		return nil, key, err
+	s.decoder.packets = g.Role == rolePackets
+	s.calm = v.calmOf(g.key)
+	if err := s.sendControl(frameWelcome, g.welcome); err != nil {
+		v.release(g)
+		return nil, g, err
 	}
 	if kind == frameEnrol {
-		v.log.Info("router enrolled", "router", w.Router, "key", key.Fingerprint(), "remote", conn.RemoteAddr())
+		v.log.Info("router enrolled", "router", g.Router, "key", g.key.Fingerprint(), "remote", conn.RemoteAddr())
 	}
-	return s, key, nil
+	return s, g, nil
 }
 
-// admit decides on a first message.
-func (v *Server) admit(kind frameKind, body []byte, key PublicKey) (welcome, error) {
-	if kind != frameHello && kind != frameEnrol {
-		return welcome{}, &RefusedError{CodeProtocol, fmt.Sprintf("the first message must be HELLO or ENROL, not %v", kind)}
+// refusal is what the router is told of why it was not admitted.
+func refusal(err error) *RefusedError {
+	var refused *RefusedError
+	if errors.As(err, &refused) {
+		return refused
 	}
-	var h hello
-	if err := json.Unmarshal(body, &h); err != nil {
-		return welcome{}, &RefusedError{CodeProtocol, "the first message is not readable: " + err.Error()}
+	return &RefusedError{CodeInternal, "the concentrator could not decide; see its log"}
+}
+
+// admit decides on a first message. A connection that it admits is counted in
+// until release.
+func (v *Server) admit(kind frameKind, body []byte, key PublicKey, datagram bool) (greeting, error) {
+	g := greeting{key: key}
+	if kind != frameHello && (kind != frameEnrol || datagram) {
+		return g, &RefusedError{CodeProtocol, fmt.Sprintf("the first message must be HELLO or, over TCP, ENROL, not %v", kind)}
 	}
-	version, err := negotiate(h.Min, h.Max)
-	if err != nil {
-		return welcome{}, err
+	if err := json.Unmarshal(body, &g.hello); err != nil {
+		return g, &RefusedError{CodeProtocol, "the first message is not readable: " + err.Error()}
+	}
+	var err error
+	if g.Version, err = negotiate(g.Min, g.Max); err != nil {
+		return g, err
+	}
+	if g.use, err = useOf(g.hello, kind, datagram); err != nil {
+		return g, err
 	}
 	if kind == frameEnrol {
-		name, err := v.admission.Enrol(h.Secret, key)
-		return welcome{version, name}, err
+		if g.Router, err = v.admission.Enrol(g.Secret, key); err != nil {
+			return g, err
+		}
+		return g, v.reserve(g)
 	}
-	name, ok := v.admission.Router(key)
-	if !ok {
-		return welcome{}, &RefusedError{CodeNotEnrolled, fmt.Sprintf(
+	var ok bool
+	if g.Router, ok = v.admission.Router(key); !ok {
+		return g, &RefusedError{CodeNotEnrolled, fmt.Sprintf(
 			"the router's key %s is not enrolled here; make a token with `concentratord token` and use it with `sheafctl join`", key.Fingerprint())}
 	}
-	return welcome{version, name}, nil
+	if g.Role == rolePackets {
+		if v.packets == nil {
+			return g, &RefusedError{CodeProtocol, "this concentrator carries no packets"}
+		}
+		inner, err := v.packets.Inner(key, g.Router)
+		if err != nil {
+			return g, fmt.Errorf("inner addresses: %w", err)
+		}
+		g.Inner4, g.Inner6, g.Gateway4, g.Gateway6 = inner.Address4, inner.Address6, inner.Gateway4, inner.Gateway6
+	}
+	return g, v.reserve(g)
 }
 
-// enter counts a session in. A router that was removed meanwhile does not pass.
-func (v *Server) enter(s *Session, key PublicKey) (name string) {
+// useOf reads from a first message what the connection is to be for.
+func useOf(h hello, kind frameKind, datagram bool) (use, error) {
+	refuse := func(format string, a ...any) (use, error) {
+		return 0, &RefusedError{CodeProtocol, fmt.Sprintf(format, a...)}
+	}
+	if h.Role != rolePackets {
+		switch {
+		case datagram:
+			return refuse("role %.40q over QUIC, which carries packets only", h.Role)
+		case h.Bond != 0 || h.Link != "":
+			return refuse("role %.40q has neither a bond nor a link", h.Role)
+		case h.Role == roleFlows:
+			return useFlows, nil
+		case h.Role == roleInbound && kind == frameHello:
+			return useInbound, nil
+		}
+		return refuse("role %.40q is not known, or not to be asked for in %v; bring the older of the two ends up to date", h.Role, kind)
+	}
+	switch {
+	case kind != frameHello:
+		return refuse("role packets is to be asked for in HELLO, not %v", kind)
+	case h.Bond == 0:
+		return refuse("role packets without a bond")
+	case !validLink(h.Link, datagram):
+		return refuse("link %.40q: want 1 to %d of a-z, 0-9 and -", h.Link, maxLink)
+	case datagram:
+		return useDatagrams, nil
+	}
+	return usePackets, nil
+}
+
+// maxLink bounds the name of an uplink, in bytes.
+const maxLink = 32
+
+// validLink says whether a link is named as it should be; a stream, which uses
+// all uplinks, need not be.
+func validLink(link string, datagram bool) bool {
+	for _, c := range []byte(link) {
+		if (c < 'a' || c > 'z') && (c < '0' || c > '9') && c != '-' {
+			return false
+		}
+	}
+	return len(link) <= maxLink && (link != "" || !datagram)
+}
+
+// reserve counts a connection in, before the router is told that it may stay.
+func (v *Server) reserve(g greeting) error {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	name, ok := v.admission.Router(key)
-	r := v.routers[key]
-	if r == nil {
-		r = new(RouterActivity)
-		v.routers[key] = r
+	r := v.guest(g.key)
+	if r.connections[g.use] >= mostOf[g.use] {
+		return &RefusedError{CodeBusy, fmt.Sprintf("the router has %d %v already, which is the most it may", r.connections[g.use], g.use)}
 	}
-	r.Name = name
-	r.Address = s.wire.RemoteAddr().String()
-	r.LastSeen = time.Now()
-	r.Sessions++
-	v.active[s] = key
-	if v.closed || !ok || r.Sessions > maxSessions {
-		s.Close()
-	}
-	return name
+	r.connections[g.use]++
+	return nil
 }
 
-func (v *Server) leave(s *Session, key PublicKey) {
+// guest finds or makes the entry of a router that is enrolled.
+func (v *Server) guest(key PublicKey) *guest {
+	r := v.routers[key]
+	if r == nil {
+		r = new(guest)
+		v.routers[key] = r
+	}
+	return r
+}
+
+func (v *Server) release(g greeting) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.routers[g.key].connections[g.use]--
+}
+
+// enter lists a session as live. A router that was removed meanwhile does not
+// pass.
+func (v *Server) enter(s *Session, g greeting) bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.active[s] = g.key
+	return v.seen(g, s.wire.RemoteAddr())
+}
+
+// seen notes where a router has come from, and says whether it may stay.
+func (v *Server) seen(g greeting, from net.Addr) bool {
+	name, ok := v.admission.Router(g.key)
+	r := v.routers[g.key]
+	r.Name, r.Address, r.LastSeen = name, from.String(), time.Now()
+	return ok && !v.closed
+}
+
+func (v *Server) leave(s *Session, g greeting) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	delete(v.active, s)
-	r := v.routers[key]
-	r.Sessions--
-	r.LastSeen = time.Unix(0, s.heard.Load())
+	r := v.routers[g.key]
+	r.connections[g.use]--
+	r.LastSeen = later(r.LastSeen, s.heard.Load())
 	r.Received += s.received.Load()
 	r.Sent += s.sent.Load()
+}
+
+func later(t time.Time, unixNano int64) time.Time {
+	if u := time.Unix(0, unixNano); u.After(t) {
+		return u
+	}
+	return t
 }
 
 // Activity reports each router that was seen since the start.
@@ -248,21 +438,31 @@ func (v *Server) Activity() map[PublicKey]RouterActivity {
 	defer v.mu.Unlock()
 	all := make(map[PublicKey]RouterActivity, len(v.routers))
 	for key, r := range v.routers {
-		all[key] = *r
+		if r.LastSeen.IsZero() {
+			continue // it is awaited only
+		}
+		a := r.RouterActivity
+		a.Sessions, a.PacketSessions = r.connections[useFlows], r.connections[usePackets]
+		a.InboundSessions, a.Datagrams = r.connections[useInbound], r.connections[useDatagrams]
+		all[key] = a
+	}
+	add := func(key PublicKey, received, sent uint64, heard int64) {
+		r := all[key]
+		r.Received += received
+		r.Sent += sent
+		r.LastSeen = later(r.LastSeen, heard)
+		all[key] = r
 	}
 	for s, key := range v.active {
-		r := all[key]
-		r.Received += s.received.Load()
-		r.Sent += s.sent.Load()
-		if heard := time.Unix(0, s.heard.Load()); heard.After(r.LastSeen) {
-			r.LastSeen = heard
-		}
-		all[key] = r
+		add(key, s.received.Load(), s.sent.Load(), s.heard.Load())
+	}
+	for d, key := range v.carried {
+		add(key, d.received.Load(), d.sent.Load(), d.heard.Load())
 	}
 	return all
 }
 
-// Revoke ends a router's sessions at once, flows included. Call it after
+// Revoke ends a router's connections at once, flows included. Call it after
 // Admission no longer knows the key.
 func (v *Server) Revoke(key PublicKey) {
 	v.closeWhere(func(k PublicKey) bool { return k == key })
@@ -270,15 +470,24 @@ func (v *Server) Revoke(key PublicKey) {
 
 func (v *Server) closeWhere(match func(PublicKey) bool) {
 	v.mu.Lock()
-	var closing []*Session
+	var sessions []*Session
+	var carriers []*datagrams
 	for s, key := range v.active {
 		if match(key) {
-			closing = append(closing, s)
+			sessions = append(sessions, s)
+		}
+	}
+	for d, key := range v.carried {
+		if match(key) {
+			carriers = append(carriers, d)
 		}
 	}
 	v.mu.Unlock()
-	for _, s := range closing {
+	for _, s := range sessions {
 		s.Close()
+	}
+	for _, d := range carriers {
+		_ = d.Close()
 	}
 }
 
@@ -297,8 +506,7 @@ func (v *Server) sweep(ctx context.Context) {
 		v.mu.Lock()
 		var silent []*Session
 		for s := range v.active {
-			f := s.flow.Load()
-			if s.heard.Load() < before && (f == nil || isClosed(f.pumped) && isClosed(f.finished)) {
+			if s.heard.Load() < before && !s.busy() {
 				silent = append(silent, s)
 			}
 		}
@@ -310,46 +518,22 @@ func (v *Server) sweep(ctx context.Context) {
 }
 
 // open dials a flow's destination and relays.
-func (v *Server) open(ctx context.Context, s *Session, key PublicKey, name string, number uint32, destination netip.AddrPort) error {
+func (v *Server) open(ctx context.Context, s *Session, key PublicKey, name string, payload []byte) error {
+	number, destination, err := parseOpen(payload)
+	if err != nil {
+		return err
+	}
 	conn, done, reason, err := v.dial(ctx, name, destination)
 	if err != nil {
 		v.log.Debug("flow refused", "router", name, "destination", destination, "reason", reason, "error", err)
-		s.flow.Store(refusedFlow(s, number))
-		return s.send(resetFrame(number, reason))
-	}
-	local, err := newLocal(conn)
-	if err != nil {
-		_ = conn.Close()
-		done()
-		return err
-	}
-	f := newFlow(s, number, local)
-	s.flow.Store(f)
-	if isClosed(s.done) {
-		f.sessionLost()
+		return s.refuse(number, reason)
 	}
 	v.count(key, 1)
-	go func() {
-		f.pump(nil)
-		f.close()
-		done()
-		v.count(key, -1)
-	}()
-	return nil
+	return s.answer(number, conn, func() { done(); v.count(key, -1) })
 }
 
 func (v *Server) count(key PublicKey, flows int) {
 	v.mu.Lock()
 	v.routers[key].Flows += flows
 	v.mu.Unlock()
-}
-
-// refusedFlow is one that never had a local end: what the router had sent ahead
-// is discarded until its own RESET or END.
-func refusedFlow(s *Session, number uint32) *flow {
-	f := newFlow(s, number, nil)
-	f.aborted.Store(true)
-	f.sentReset, f.settled = true, true
-	close(f.pumped)
-	return f
 }

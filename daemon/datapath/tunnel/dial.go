@@ -32,20 +32,94 @@ func (p *Peer) serves(q *Peer) bool {
 	return p != nil && q != nil && p.Concentrator == q.Concentrator && p.Multipath == q.Multipath && p.Variant == q.Variant
 }
 
-// dial opens a session from one source address to one of the concentrator's
-// addresses, up to WELCOME. The caller starts its run.
+// dial opens a session for flows from one source address to one of the
+// concentrator's addresses, up to WELCOME. The caller starts its run.
 func (p *Peer) dial(ctx context.Context, source netip.Addr, address string) (*Session, error) {
+	s, _, err := p.greet(ctx, source, address, hello{})
+	return s, err
+}
+
+// greet is dial for a session of the role that the HELLO says.
+func (p *Peer) greet(ctx context.Context, source netip.Addr, address string, h hello) (*Session, welcome, error) {
 	ctx, cancel := context.WithTimeout(ctx, handshakeTime)
 	defer cancel()
 	s, err := p.connect(ctx, source, address)
 	if err != nil {
-		return nil, err
+		return nil, welcome{}, err
 	}
-	if err := s.introduce(frameHello, hello{Software: p.Software}); err != nil {
+	h.Software = p.Software
+	w, err := s.introduce(frameHello, h)
+	if err != nil {
 		_ = s.wire.Close()
-		return nil, err
+		return nil, welcome{}, err
 	}
-	return s, nil
+	return s, w, nil
+}
+
+// race dials over one way after the other, each with a head start over the next.
+type race[T any] struct {
+	dial func(context.Context, attempt) (T, error)
+	drop func(T) // closes what came too late
+	// patient says whether to go on waiting for the last attempt instead of
+	// starting the next beside it; nil never does.
+	patient func(last attempt) bool
+	// failed, if set, is told of attempts that failed.
+	failed func(attempt, error)
+}
+
+// run returns what the attempt that succeeded first gave, and which that was.
+// Those it overtook are closed. Its error joins those of all attempts.
+func (r race[T]) run(ctx context.Context, list []attempt) (T, attempt, error) {
+	type result struct {
+		attempt
+		got T
+		err error
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	results := make(chan result, len(list))
+	hedge := time.NewTimer(0)
+	defer hedge.Stop()
+	started, ended := 0, 0
+	var failures []error
+	for ended < len(list) {
+		select {
+		case <-hedge.C:
+			if started > ended && r.patient != nil && r.patient(list[started-1]) {
+				hedge.Reset(hedgeAfter)
+				break
+			}
+			if started < len(list) {
+				a := list[started]
+				started++
+				go func() {
+					got, err := r.dial(ctx, a)
+					results <- result{a, got, err}
+				}()
+				hedge.Reset(hedgeAfter)
+			}
+		case won := <-results:
+			ended++
+			if won.err == nil {
+				go func() {
+					for range started - ended {
+						if late := <-results; late.err == nil {
+							r.drop(late.got)
+						}
+					}
+				}()
+				return won.got, won.attempt, nil
+			}
+			err := fmt.Errorf("%s from %s: %w", won.address, won.source, won.err)
+			failures = append(failures, err)
+			if r.failed != nil && ctx.Err() == nil { // else the daemon is stopping
+				r.failed(won.attempt, err)
+			}
+			hedge.Reset(0)
+		}
+	}
+	var none T
+	return none, attempt{}, errors.Join(failures...)
 }
 
 // Enrol presents a token's secret, over one path after the other until one
@@ -70,7 +144,7 @@ func Enrol(ctx context.Context, id *Identity, t Token, paths []Path, software st
 		}
 		s, err := p.connect(try, a.source, a.address)
 		if err == nil {
-			err = s.introduce(frameEnrol, hello{Software: software, Secret: t.Secret[:]})
+			_, err = s.introduce(frameEnrol, hello{Software: software, Secret: t.Secret[:]})
 			_ = s.wire.Close()
 		}
 		cancel()
@@ -116,7 +190,7 @@ func (p *Peer) connect(ctx context.Context, source netip.Addr, address string) (
 		deadline = time.Now().Add(handshakeTime)
 	}
 	_ = s.wire.SetDeadline(deadline)
-	s.tls = tls.Client(s.wire, p.Identity.clientConfig(p.Concentrator))
+	s.tls = tls.Client(s.wire, p.Identity.clientConfig(p.Concentrator, alpn))
 	if err := s.tls.HandshakeContext(ctx); err != nil {
 		_ = s.wire.Close()
 		return nil, fmt.Errorf("TLS handshake with %s: %w", conn.RemoteAddr(), err)
@@ -125,32 +199,41 @@ func (p *Peer) connect(ctx context.Context, source netip.Addr, address string) (
 }
 
 // introduce sends the first message and reads the answer to it.
-func (s *Session) introduce(kind frameKind, h hello) error {
+func (s *Session) introduce(kind frameKind, h hello) (welcome, error) {
 	h.Min, h.Max = minVersion, maxVersion
 	if err := s.sendControl(kind, h); err != nil {
-		return err
+		return welcome{}, err
 	}
 	kind, body, err := s.receiveControl()
 	if err != nil {
-		return fmt.Errorf("waiting for the concentrator's WELCOME: %w", err)
+		return welcome{}, fmt.Errorf("waiting for the concentrator's WELCOME: %w", err)
 	}
+	w, err := readAnswer(kind, body)
+	if err != nil {
+		return welcome{}, err
+	}
+	return w, s.wire.SetDeadline(time.Time{})
+}
+
+// readAnswer reads WELCOME; REFUSE is a *RefusedError.
+func readAnswer(kind frameKind, body []byte) (welcome, error) {
 	switch kind {
 	case frameWelcome:
 		var w welcome
 		if err := json.Unmarshal(body, &w); err != nil {
-			return fmt.Errorf("%w: WELCOME: %w", errProtocol, err)
+			return welcome{}, fmt.Errorf("%w: WELCOME: %w", errProtocol, err)
 		}
 		if w.Version < minVersion || w.Version > maxVersion {
-			return fmt.Errorf("the concentrator chose tunnel protocol version %d, this router speaks %d to %d",
+			return welcome{}, fmt.Errorf("the concentrator chose tunnel protocol version %d, this router speaks %d to %d",
 				w.Version, minVersion, maxVersion)
 		}
-		return s.wire.SetDeadline(time.Time{})
+		return w, nil
 	case frameRefuse:
 		refused := new(RefusedError)
 		if err := json.Unmarshal(body, refused); err != nil {
-			return fmt.Errorf("%w: REFUSE: %w", errProtocol, err)
+			return welcome{}, fmt.Errorf("%w: REFUSE: %w", errProtocol, err)
 		}
-		return refused
+		return welcome{}, refused
 	}
-	return fmt.Errorf("%w: %v in answer to the first message", errProtocol, kind)
+	return welcome{}, fmt.Errorf("%w: %v in answer to the first message", errProtocol, kind)
 }

@@ -1,5 +1,6 @@
 // Package tunnel carries flows between the router and its concentrator over
-// authenticated MPTCP sessions.
+// authenticated MPTCP sessions, and messages, each of which holds a packet, over
+// such sessions and over QUIC.
 //
 // The path of a LAN client's bytes, from the router to the Internet:
 //
@@ -15,6 +16,10 @@
 //  5. The answer comes back the same way. When both directions have ended the
 //     session, with its congestion windows, is back in the pool.
 //
+// Flows from the Internet to a host of the LAN go the other way, over sessions
+// that the router has parked at the concentrator (inbound.go). Messages take
+// stream.go or datagram.go instead of steps 1 and 2.
+//
 // # Protocol
 //
 // One MPTCP connection (RFC 8684) carries TLS 1.3 (RFC 8446) with the ALPN
@@ -25,9 +30,25 @@
 //
 // Inside TLS are frames: one byte of kind, three bytes of payload length, big
 // endian, then the payload. The first frame comes from the router, HELLO or
-// ENROL, and names the protocol versions it speaks; WELCOME or REFUSE answers.
-// After WELCOME the router may OPEN one flow at a time. Each direction of a flow
-// is any number of DATA frames and then END, or RESET at any point. When both
-// directions have ended, the next OPEN may follow. PING is answered by PONG, at
-// any time.
+// ENROL, and names the protocol versions it speaks and the role it wants the
+// session in; WELCOME or REFUSE answers.
+//
+// Without a role, the router may OPEN one flow at a time after WELCOME. Each
+// direction of a flow is any number of DATA frames and then END, or RESET at any
+// point. When both directions have ended, the next OPEN may follow. PING is
+// answered by PONG, at any time.
+//
+// With the role "inbound" it is the concentrator that opens flows; OPEN then has
+// the number of a forward and the client's address.
+//
+// With the role "packets" HELLO also names the bond, a number that all carriers
+// of one start of the router have in common, and WELCOME the addresses inside the
+// tunnel. There are no flows: each PACKET is one message. The router may send its
+// wishes as CONFIG; STATE answers with what became of them.
+//
+// One QUIC connection (RFC 9000) per uplink, to the UDP port of the same number,
+// has the ALPN protocol "sheaf-packets" and the same keys. The router opens one
+// bidirectional stream, on which HELLO, with the role "packets" and the uplink's
+// name as link, and its answer travel as above. After WELCOME each DATAGRAM frame
+// (RFC 9221) is one message.
 package tunnel

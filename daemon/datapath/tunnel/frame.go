@@ -16,12 +16,16 @@ const (
 	frameWelcome frameKind = 3 // concentrator: the version chosen; JSON
 	frameRefuse  frameKind = 4 // concentrator: code and sentence; JSON
 
-	frameOpen  frameKind = 16 // router: flow number and destination
+	frameOpen  frameKind = 16 // the end that opens flows: flow number and destination, or client
 	frameData  frameKind = 17 // both: bytes of the open flow
 	frameEnd   frameKind = 18 // both: no more bytes in this direction
 	frameReset frameKind = 19 // both: the flow is aborted; flow number, reason
 	framePing  frameKind = 20 // both: answered by PONG
 	framePong  frameKind = 21
+
+	framePacket frameKind = 22 // both, sessions of role packets only: one message
+	frameConfig frameKind = 23 // router, as PACKET: its wishes; JSON
+	frameState  frameKind = 24 // concentrator, as PACKET: what became of them; JSON
 )
 
 func (k frameKind) String() string {
@@ -46,6 +50,12 @@ func (k frameKind) String() string {
 		return "PING"
 	case framePong:
 		return "PONG"
+	case framePacket:
+		return "PACKET"
+	case frameConfig:
+		return "CONFIG"
+	case frameState:
+		return "STATE"
 	}
 	return fmt.Sprintf("kind %d", byte(k))
 }
@@ -58,9 +68,14 @@ const (
 	maxData = 1 << 20
 	// maxControl bounds every other frame, which is gathered in memory.
 	maxControl = 4096
-	// maxOpen is the longest OPEN frame: header, flow number, port and an IPv6
-	// address.
-	maxOpen = frameHeader + 4 + 2 + 16
+	// maxMessage bounds a PACKET frame: an IP packet of 1500 bytes and what its
+	// sender puts around it.
+	maxMessage = 1600
+	// maxWishes bounds CONFIG and STATE.
+	maxWishes = 64 << 10
+	// maxOpen is the longest OPEN frame: header, flow number, forward, port and an
+	// IPv6 address.
+	maxOpen = frameHeader + 4 + 2 + 2 + 16
 )
 
 var errProtocol = errors.New("the peer broke the tunnel protocol")
@@ -93,6 +108,27 @@ func parseOpen(p []byte) (number uint32, destination netip.AddrPort, err error) 
 	address, _ := netip.AddrFromSlice(p[6:])
 	destination = netip.AddrPortFrom(address.Unmap(), binary.BigEndian.Uint16(p[4:]))
 	return binary.BigEndian.Uint32(p), destination, nil
+}
+
+// appendInboundOpen appends the OPEN frame of a session of role inbound: the
+// number of the flow within its session, that of the forward, the port of the
+// client, and its address in 4 or 16 bytes.
+func appendInboundOpen(b []byte, number uint32, forward uint16, client netip.AddrPort) []byte {
+	address := client.Addr().Unmap().AsSlice()
+	b = binary.BigEndian.AppendUint32(b, uint32(frameOpen)<<24|uint32(8+len(address)))
+	b = binary.BigEndian.AppendUint32(b, number)
+	b = binary.BigEndian.AppendUint16(b, forward)
+	b = binary.BigEndian.AppendUint16(b, client.Port())
+	return append(b, address...)
+}
+
+func parseInboundOpen(p []byte) (number uint32, forward uint16, client netip.AddrPort, err error) {
+	if len(p) != 12 && len(p) != 24 {
+		return 0, 0, netip.AddrPort{}, fmt.Errorf("%w: inbound OPEN of %d bytes, want 12 or 24", errProtocol, len(p))
+	}
+	address, _ := netip.AddrFromSlice(p[8:])
+	client = netip.AddrPortFrom(address.Unmap(), binary.BigEndian.Uint16(p[6:]))
+	return binary.BigEndian.Uint32(p), binary.BigEndian.Uint16(p[4:]), client, nil
 }
 
 // ResetReason says in a RESET frame why a flow was aborted.
@@ -147,8 +183,9 @@ type fragment struct {
 }
 
 // decoder finds frames in a stream that arrives in pieces of any size. It holds
-// at most maxControl bytes.
+// at most maxControl bytes, with packets maxWishes.
 type decoder struct {
+	packets   bool // the session's role is packets: their frames may come
 	header    [frameHeader]byte
 	have      int // bytes of header gathered
 	kind      frameKind
@@ -197,7 +234,11 @@ func (d *decoder) next(in []byte) (f fragment, rest []byte, ok bool, err error) 
 			return fragment{}, nil, false, nil
 		}
 		d.have = 0
-		d.control = nil
+		if d.packets && cap(d.control) <= maxControl {
+			d.control = d.control[:0] // a packet in two pieces comes with every other read
+		} else {
+			d.control = nil
+		}
 		return fragment{d.kind, payload}, in, true, nil
 	}
 }
@@ -211,6 +252,14 @@ func (d *decoder) begin() error {
 	switch d.kind {
 	case frameData:
 		limit = maxData
+	case framePacket, frameConfig, frameState:
+		limit = maxWishes
+		if d.kind == framePacket {
+			limit = maxMessage
+		}
+		if !d.packets {
+			return fmt.Errorf("%w: %v on a session that does not carry packets", errProtocol, d.kind)
+		}
 	case frameHello, frameEnrol, frameWelcome, frameRefuse, frameOpen, frameEnd, frameReset, framePing, framePong:
 	default:
 		return fmt.Errorf("%w: unknown frame kind %d", errProtocol, byte(d.kind))

@@ -10,8 +10,8 @@ import (
 
 // decodeAll runs the decoder over in, cut into pieces of the given size, and
 // writes down what it found. Pieces of one DATA frame are joined.
-func decodeAll(in []byte, piece int) (string, error) {
-	var d decoder
+func decodeAll(in []byte, piece int, packets bool) (string, error) {
+	d := decoder{packets: packets}
 	var out []string
 	for len(in) > 0 {
 		n := min(piece, len(in))
@@ -48,7 +48,7 @@ func TestDecoder(t *testing.T) {
 		name string
 		in   []byte
 		want string
-		err  string
+		err  string // on a session without packets, if not the same, after a slash what with them
 	}{
 		{"nothing", nil, "", ""},
 		{"end", frame(frameEnd, ""), "END:", ""},
@@ -61,15 +61,32 @@ func TestDecoder(t *testing.T) {
 		{"kind 0", make([]byte, 4), "", "unknown frame kind 0"},
 		{"oversized control", header(frameHello, maxControl+1), "", "HELLO frame of 4097 bytes, at most 4096"},
 		{"oversized data", header(frameData, maxData+1), "", "at most 1048576"},
+		{"a packet", frames(frame(framePacket, "abc"), frame(framePacket, ""), frame(framePacket, "de")), "PACKET:abc PACKET: PACKET:de", "PACKET on a session that does not carry packets/"},
+		{"wishes", frame(frameConfig, strings.Repeat("c", maxWishes)), "CONFIG:" + strings.Repeat("c", maxWishes), "CONFIG on a session that does not carry packets/"},
+		{"what became of them", frames(frame(frameState, "{}"), frame(framePacket, "abc")), "STATE:{} PACKET:abc", "STATE on a session that does not carry packets/"},
+		{"oversized packet", header(framePacket, maxMessage+1), "", "does not carry packets/PACKET frame of 1601 bytes, at most 1600"},
+		{"oversized wishes", header(frameConfig, maxWishes+1), "", "does not carry packets/CONFIG frame of 65537 bytes, at most 65536"},
 		{"largest control", frame(frameRefuse, strings.Repeat("m", maxControl)), "REFUSE:" + strings.Repeat("m", maxControl), ""},
 	} {
-		for _, piece := range []int{1, 2, 3, 5, 1 << 20} {
-			got, err := decodeAll(c.in, piece)
-			if (err == nil) != (c.err == "") || err != nil && !strings.Contains(err.Error(), c.err) {
-				t.Errorf("%s in pieces of %d: error %v, want %q", c.name, piece, err, c.err)
+		without, with, differ := strings.Cut(c.err, "/")
+		if !differ {
+			with = without
+		}
+		for _, packets := range []bool{false, true} {
+			wantErr, want := without, c.want
+			if packets {
+				wantErr = with
+			} else if differ {
+				want = ""
 			}
-			if got != c.want {
-				t.Errorf("%s in pieces of %d: %.80q, want %.80q", c.name, piece, got, c.want)
+			for _, piece := range []int{1, 2, 3, 5, 1 << 20} {
+				got, err := decodeAll(c.in, piece, packets)
+				if (err == nil) != (wantErr == "") || err != nil && !strings.Contains(err.Error(), wantErr) {
+					t.Errorf("%s in pieces of %d: error %v, want %q", c.name, piece, err, wantErr)
+				}
+				if got != want {
+					t.Errorf("%s in pieces of %d: %.80q, want %.80q", c.name, piece, got, want)
+				}
 			}
 		}
 	}
@@ -88,6 +105,18 @@ func TestOpenAndResetPayloads(t *testing.T) {
 			t.Errorf("OPEN of %d bytes was taken", n)
 		}
 	}
+	for _, text := range []string{"192.0.2.1:443", "[2001:db8::1]:65535"} {
+		want := netip.MustParseAddrPort(text)
+		number, forward, got, err := parseInboundOpen(appendInboundOpen(nil, 7, 65535, want)[frameHeader:])
+		if err != nil || number != 7 || forward != 65535 || got != want {
+			t.Errorf("inbound %s came back as %d, %d, %s, %v", text, number, forward, got, err)
+		}
+	}
+	for _, n := range []int{0, 8, 10, 11, 13, 22, 23, 25} {
+		if _, _, _, err := parseInboundOpen(make([]byte, n)); err == nil {
+			t.Errorf("inbound OPEN of %d bytes was taken", n)
+		}
+	}
 	if number, reason, err := parseReset(resetFrame(9, ResetTimeout)[frameHeader:]); number != 9 || reason != ResetTimeout || err != nil {
 		t.Errorf("RESET came back as %d, %v, %v", number, reason, err)
 	}
@@ -97,31 +126,45 @@ func TestOpenAndResetPayloads(t *testing.T) {
 }
 
 func FuzzDecoder(f *testing.F) {
-	f.Add([]byte{}, 1)
-	f.Add(appendFrame(nil, frameHello, []byte(`{"min":1,"max":1}`)), 3)
-	f.Add(appendOpen(nil, 1, netip.MustParseAddrPort("192.0.2.1:80")), 5)
-	f.Add(appendFrame(appendFrame(nil, frameData, []byte("payload")), frameEnd, nil), 2)
-	f.Add(resetFrame(1, ResetRefused), 4)
-	f.Add([]byte{17, 255, 255, 255, 0}, 1)
-	f.Fuzz(func(t *testing.T, in []byte, piece int) {
+	f.Add([]byte{}, 1, false)
+	f.Add(appendFrame(nil, frameHello, []byte(`{"min":1,"max":1}`)), 3, false)
+	f.Add(appendOpen(nil, 1, netip.MustParseAddrPort("192.0.2.1:80")), 5, false)
+	f.Add(appendFrame(appendFrame(nil, frameData, []byte("payload")), frameEnd, nil), 2, false)
+	f.Add(resetFrame(1, ResetRefused), 4, false)
+	f.Add([]byte{17, 255, 255, 255, 0}, 1, false)
+	f.Add(appendInboundOpen(nil, 1, 2, netip.MustParseAddrPort("[2001:db8::1]:80")), 5, false)
+	f.Add(appendFrame(appendFrame(nil, framePacket, []byte("packet")), framePacket, nil), 3, true)
+	f.Add(appendFrame(appendFrame(nil, frameConfig, []byte("{}")), frameState, []byte("{}")), 2, true)
+	f.Add([]byte{22, 0, 6, 65, 0}, 1, true)
+	f.Fuzz(func(t *testing.T, in []byte, piece int, packets bool) {
 		if piece < 1 || piece > 1<<16 {
 			return // not the size of a piece
 		}
-		whole, err := decodeAll(in, len(in)+1)
-		cut, cutErr := decodeAll(in, piece)
+		whole, err := decodeAll(in, len(in)+1, packets)
+		cut, cutErr := decodeAll(in, piece, packets)
 		if whole != cut || (err == nil) != (cutErr == nil) {
 			t.Fatalf("whole: %q, %v; in pieces of %d: %q, %v", whole, err, piece, cut, cutErr)
 		}
-		var d decoder
+		d := decoder{packets: packets}
 		for rest := in; len(rest) > 0; {
 			fragment, next, ok, err := d.next(rest)
 			if err != nil || !ok {
 				break
 			}
-			if len(fragment.payload) > maxData || fragment.kind != frameData && len(fragment.payload) > maxControl {
+			most := maxControl
+			switch fragment.kind {
+			case frameData:
+				most = maxData
+			case framePacket:
+				most = maxMessage
+			case frameConfig, frameState:
+				most = maxWishes
+			}
+			if len(fragment.payload) > most || !packets && fragment.kind >= framePacket {
 				t.Fatalf("%v of %d bytes", fragment.kind, len(fragment.payload))
 			}
 			_, _, _ = parseOpen(fragment.payload)
+			_, _, _, _ = parseInboundOpen(fragment.payload)
 			_, _, _ = parseReset(fragment.payload)
 			rest = next
 		}

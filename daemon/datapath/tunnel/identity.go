@@ -71,8 +71,12 @@ func (id *Identity) PublicKey() PublicKey {
 	return PublicKey(id.private.Public().(ed25519.PublicKey))
 }
 
-// alpn keeps other TLS clients and servers from getting as far as frames.
-const alpn = "sheaf"
+// The ALPN protocols, over TCP and over QUIC, keep other TLS clients and servers
+// from getting as far as frames.
+const (
+	alpn        = "sheaf"
+	alpnPackets = "sheaf-packets"
+)
 
 // KeyMismatchError says that the concentrator is not the one that was enrolled
 // with: its key differs.
@@ -83,11 +87,11 @@ func (e *KeyMismatchError) Error() string {
 		e.Got.Fingerprint(), e.Want.Fingerprint())
 }
 
-func (id *Identity) base() *tls.Config {
+func (id *Identity) base(protocol string) *tls.Config {
 	return &tls.Config{
 		Certificates: []tls.Certificate{id.certificate},
 		MinVersion:   tls.VersionTLS13,
-		NextProtos:   []string{alpn},
+		NextProtos:   []string{protocol},
 		// Sessions are long-lived and pooled: resuming would save nothing, and
 		// tickets would cost memory.
 		SessionTicketsDisabled: true,
@@ -97,11 +101,11 @@ func (id *Identity) base() *tls.Config {
 }
 
 // clientConfig accepts exactly the concentrator with the pinned key.
-func (id *Identity) clientConfig(pinned PublicKey) *tls.Config {
-	c := id.base()
+func (id *Identity) clientConfig(pinned PublicKey, protocol string) *tls.Config {
+	c := id.base(protocol)
 	c.InsecureSkipVerify = true // no certificate authority: VerifyConnection checks the pinned key
 	c.VerifyConnection = func(state tls.ConnectionState) error {
-		key, err := peerKey(state)
+		key, err := peerKey(state, protocol)
 		if err != nil {
 			return err
 		}
@@ -115,22 +119,22 @@ func (id *Identity) clientConfig(pinned PublicKey) *tls.Config {
 
 // serverConfig accepts any Ed25519 key: whether it is enrolled decides the
 // first message, because enrolment itself comes from a key not yet known.
-func (id *Identity) serverConfig() *tls.Config {
-	c := id.base()
+func (id *Identity) serverConfig(protocol string) *tls.Config {
+	c := id.base(protocol)
 	c.ClientAuth = tls.RequireAnyClientCert
 	c.VerifyConnection = func(state tls.ConnectionState) error {
-		_, err := peerKey(state)
+		_, err := peerKey(state, protocol)
 		return err
 	}
 	return c
 }
 
-func peerKey(state tls.ConnectionState) (PublicKey, error) {
+func peerKey(state tls.ConnectionState, protocol string) (PublicKey, error) {
 	if len(state.PeerCertificates) == 0 {
 		return PublicKey{}, errors.New("the peer sent no key")
 	}
-	if state.NegotiatedProtocol != alpn {
-		return PublicKey{}, fmt.Errorf("the peer does not speak the tunnel protocol (ALPN %q, want %q)", state.NegotiatedProtocol, alpn)
+	if state.NegotiatedProtocol != protocol {
+		return PublicKey{}, fmt.Errorf("the peer does not speak the tunnel protocol (ALPN %q, want %q)", state.NegotiatedProtocol, protocol)
 	}
 	key, ok := state.PeerCertificates[0].PublicKey.(ed25519.PublicKey)
 	if !ok {

@@ -45,6 +45,10 @@ const (
 	// delayed acknowledgement, the kernel's scheduler avoids the first subflow.
 	rest = 150 * time.Millisecond
 
+	// checkTime is how long a session that may have died in an outage has to show
+	// that it lives.
+	checkTime = time.Second
+
 	maintainEvery = 500 * time.Millisecond
 )
 
@@ -76,10 +80,15 @@ type Pool struct {
 	idle     []*pooled // the one used last is the last
 	waiting  []chan *pooled
 	dialling int
-	opened   int // flows since the last decay: how many idle sessions a burst may need
+	checking map[*pooled]bool // idle before an outage, and not yet seen alive after it
+	cut      bool             // the concentrator does not answer, says SetReachable
+	restored int64            // when it last began to answer again, Unix ns; 0: it never stopped
+	opened   int              // flows since the last decay: how many idle sessions a burst may need
 	lastErr  error
 
 	nextProbe time.Time // when a path that no session could join is next tried
+
+	calm *calm
 }
 
 // pooled is what the pool knows of a session.
@@ -108,6 +117,7 @@ func NewPool(log *slog.Logger) *Pool {
 	return &Pool{
 		log: log, kick: make(chan struct{}, 1),
 		trouble: map[string]*trouble{}, rtt: map[netip.Addr]time.Duration{}, sessions: map[*Session]*pooled{},
+		checking: map[*pooled]bool{}, calm: newCalm(log),
 	}
 }
 
@@ -159,6 +169,63 @@ func (p *Pool) SetPaths(paths []Path) {
 	p.wake()
 }
 
+// SetReachable says whether the concentrator answers at all, as somebody who asks
+// it more often than the kernel does has found. While it does not, Get returns
+// ErrDown at once, to those who wait already as well. Sessions that were idle
+// through such a time are used again only once they have answered a ping.
+func (p *Pool) SetReachable(reachable bool) {
+	p.mu.Lock()
+	was := p.cut
+	p.cut = !reachable
+	var suspects []*pooled
+	switch {
+	case p.cut:
+		p.releaseWaiting()
+	case was:
+		p.restored = time.Now().UnixNano()
+		suspects, p.idle = p.idle, nil
+		for _, s := range suspects {
+			p.checking[s] = true
+		}
+	}
+	p.mu.Unlock()
+	for _, s := range suspects {
+		go p.check(s)
+	}
+	p.wake()
+}
+
+// check makes a session idle again if it answers, and closes it if not.
+func (p *Pool) check(s *pooled) {
+	ctx, cancel := context.WithTimeout(context.Background(), checkTime)
+	defer cancel()
+	err := s.Ping(ctx)
+	p.mu.Lock()
+	delete(p.checking, s)
+	if err == nil && p.sessions[s.Session] != nil && s.peer.serves(p.peer) {
+		p.offer(s)
+	} else if err == nil {
+		err = errSessionClosed // of another peer by now
+	}
+	p.mu.Unlock()
+	if err != nil {
+		s.fail(fmt.Errorf("no answer to a ping after an outage: %w", err))
+		p.wake()
+	}
+}
+
+// releaseWaiting tells those who wait for a session that there will be none.
+func (p *Pool) releaseWaiting() {
+	for _, w := range p.waiting {
+		w <- nil
+	}
+	p.waiting = nil
+}
+
+// SetCalm says whether flows are to leave the uplinks' queues short, because
+// packets that cannot wait share them. It holds for flows that are open, too.
+func (p *Pool) SetCalm(on bool) { p.calm.on.Store(on) }
+
 func (p *Pool) wake() {
 	select {
 	case p.kick <- struct{}{}:
@@ -196,7 +263,7 @@ func (p *Pool) Run(ctx context.Context) {
 func (p *Pool) Get(ctx context.Context) (*Session, error) {
 	p.mu.Lock()
 	p.opened++
-	for len(p.idle) > 0 {
+	for len(p.idle) > 0 && !p.cut {
 		at := p.choose(time.Now())
 		s := p.idle[at]
 		p.idle = slices.Delete(p.idle, at, at+1)
@@ -265,6 +332,11 @@ func (p *Pool) Put(s *Session) {
 		return
 	}
 	known.used = time.Now()
+	if s.heard.Load() < p.restored {
+		p.checking[known] = true
+		go p.check(known)
+		return
+	}
 	p.offer(known)
 }
 
@@ -280,6 +352,9 @@ func (p *Pool) offer(s *pooled) {
 
 // down says whether no session is there and none is about to be.
 func (p *Pool) down() bool {
+	if p.cut {
+		return true
+	}
 	if len(p.sessions) > 0 {
 		return false
 	}
@@ -300,6 +375,8 @@ func (p *Pool) why() error {
 		return fmt.Errorf("%w: not enrolled with a concentrator; run `sheafctl join TOKEN`", ErrDown)
 	case len(p.paths) == 0:
 		return fmt.Errorf("%w: no uplink is fit", ErrDown)
+	case p.cut:
+		return fmt.Errorf("%w: the concentrator does not answer", ErrDown)
 	case p.lastErr != nil:
 		return fmt.Errorf("%w: %w", ErrDown, p.lastErr)
 	}
@@ -314,7 +391,7 @@ func (p *Pool) maintain(ctx context.Context) {
 	if len(ranked) > 0 {
 		p.best = ranked[0].Name
 	}
-	good := 0
+	good := len(p.checking)
 	var stale, silent []*pooled
 	for _, s := range p.idle {
 		switch {
@@ -344,10 +421,7 @@ func (p *Pool) maintain(ctx context.Context) {
 		}
 	}
 	if p.down() {
-		for _, w := range p.waiting {
-			w <- nil
-		}
-		p.waiting = nil
+		p.releaseWaiting()
 	}
 	peer := p.peer
 	p.mu.Unlock()
@@ -419,6 +493,14 @@ func (p *Pool) weight(path Path) time.Duration {
 		return time.Duration(float64(lowest) * betterBy)
 	}
 	return lowest
+}
+
+// way is whom to dial at present, and the paths to dial over, the best first.
+// restored is when the concentrator last began to answer again, in Unix ns.
+func (p *Pool) way(now time.Time) (peer *Peer, ranked []Path, restored int64) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.peer, p.rank(now), p.restored
 }
 
 // measure learns the paths' round-trip times from the subflows of live
@@ -524,56 +606,20 @@ func attempts(ranked []Path, addresses []string) []attempt {
 	return list
 }
 
-// dialOne brings one session into the pool, over whichever path answers first;
-// each path gets a head start over the next.
+// dialOne brings one session into the pool, over whichever path answers first.
 func (p *Pool) dialOne(ctx context.Context, peer *Peer, ranked []Path) {
-	type result struct {
-		attempt
-		session *Session
-		err     error
-	}
 	begun := time.Now()
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
 	list := attempts(ranked, peer.Addresses)
-	results := make(chan result, len(list))
-	hedge := time.NewTimer(0)
-	defer hedge.Stop()
-	started, ended := 0, 0
-	var won *result
-	for won == nil && ended < len(list) {
-		select {
-		case <-hedge.C:
-			if started > 0 && p.reachedSince(list[started-1].path.Name, begun) && started > ended {
-				hedge.Reset(hedgeAfter)
-				break
-			}
-			if started < len(list) {
-				a := list[started]
-				started++
-				go func() {
-					s, err := peer.dial(ctx, a.source, a.address)
-					results <- result{a, s, err}
-				}()
-				hedge.Reset(hedgeAfter)
-			}
-		case r := <-results:
-			ended++
-			if r.err == nil {
-				won = &r
-				break
-			}
-			if ctx.Err() == nil { // else the daemon is stopping
-				p.failed(r.path.Name, fmt.Errorf("%s from %s: %w", r.address, r.source, r.err))
-			}
-			hedge.Reset(0)
-		}
-	}
-	cancel()
-	if won != nil && won.path.Name != list[0].path.Name && time.Since(begun) > hedgeAfter && !p.reachedSince(list[0].path.Name, begun) {
+	s, won, _ := race[*Session]{
+		dial:    func(ctx context.Context, a attempt) (*Session, error) { return peer.dial(ctx, a.source, a.address) },
+		drop:    (*Session).Close,
+		patient: func(last attempt) bool { return p.reachedSince(last.path.Name, begun) },
+		failed:  func(a attempt, err error) { p.failed(a.path.Name, err) },
+	}.run(ctx, list)
+	if s != nil && won.path.Name != list[0].path.Name && time.Since(begun) > hedgeAfter && !p.reachedSince(list[0].path.Name, begun) {
 		p.failed(list[0].path.Name, fmt.Errorf("no answer from %s, from %s, within %v", list[0].address, list[0].source, time.Since(begun).Round(time.Millisecond)))
 	}
-	if won == nil {
+	if s == nil {
 		p.mu.Lock()
 		p.dialling--
 		if len(list) == 0 {
@@ -586,14 +632,7 @@ func (p *Pool) dialOne(ctx context.Context, peer *Peer, ranked []Path) {
 		p.wake()
 		return
 	}
-	go func() { // attempts that were overtaken
-		for range started - ended {
-			if r := <-results; r.session != nil {
-				r.session.Close()
-			}
-		}
-	}()
-	p.add(won.session, won.path.Name, peer, begun)
+	p.add(s, won.path.Name, peer, begun)
 }
 
 // reachedSince says whether a dial over the path has succeeded since then.
@@ -669,6 +708,7 @@ func (p *Pool) add(s *Session, path string, peer *Peer, begun time.Time) {
 		p.log.Info("reached the concentrator", "uplink", path, "concentrator", s.wire.RemoteAddr(), "multipath", s.multipath)
 	}
 	p.lastErr = nil
+	s.calm = p.calm
 	known := &pooled{Session: s, peer: peer, path: path, since: time.Now()}
 	p.sessions[s] = known
 	if len(p.waiting) > 0 {
@@ -683,6 +723,7 @@ func (p *Pool) add(s *Session, path string, peer *Peer, begun time.Time) {
 		s.run()
 		p.mu.Lock()
 		delete(p.sessions, s)
+		delete(p.checking, known)
 		p.idle = slices.DeleteFunc(p.idle, func(i *pooled) bool { return i.Session == s })
 		p.mu.Unlock()
 		p.wake()
@@ -728,7 +769,7 @@ type Status struct {
 // Status reads the state of the pool, and of every subflow from the kernel.
 func (p *Pool) Status() Status {
 	p.mu.Lock()
-	st := Status{Up: len(p.sessions) > 0, Sessions: len(p.sessions), Idle: len(p.idle), Failed: map[string]error{}}
+	st := Status{Up: len(p.sessions) > 0 && !p.cut, Sessions: len(p.sessions), Idle: len(p.idle), Failed: map[string]error{}}
 	if !st.Up {
 		st.Reason = p.why()
 	}

@@ -192,6 +192,8 @@ func TestBrokenFramesEndTheirSessionOnly(t *testing.T) {
 		"malformed reset":  appendFrame(nil, frameReset, nil),
 		"open in a flow":   append(append([]byte(nil), open...), open...),
 		"data after end":   appendFrame(appendFrame(append([]byte(nil), open...), frameEnd, nil), frameData, []byte("x")),
+		"packet":           appendFrame(nil, framePacket, []byte("x")),
+		"config":           appendFrame(nil, frameConfig, []byte("{}")),
 		"welcome, to them": appendFrame(nil, frameWelcome, []byte("{}")),
 	} {
 		s, err := b.enrolledPeer().dial(context.Background(), netip.Addr{}, b.address)
@@ -248,6 +250,7 @@ func TestSilentConnectionsAreBounded(t *testing.T) {
 	if _, err := silent[0].Read(make([]byte, 1)); err == nil || strings.Contains(err.Error(), "timeout") {
 		t.Errorf("a silent connection was kept for %v: %v", 3*handshakeTime, err)
 	}
+	_, _ = silent[maxUnknown-1].Read(make([]byte, 1)) // all of them
 	b.pool.SetPeer(b.enrolledPeer())
 	b.mustEcho(1000)
 }

@@ -181,8 +181,41 @@ func (f *flow) end() {
 	_ = s.sendLocked(appendFrame(nil, frameEnd, nil))
 }
 
+// answer begins a flow that the peer has opened: conn is its local end here, and
+// done is called when the flow is over.
+func (s *Session) answer(number uint32, conn *net.TCPConn, done func()) error {
+	local, err := newLocal(conn)
+	if err != nil {
+		_ = conn.Close()
+		done()
+		return err
+	}
+	f := newFlow(s, number, local)
+	s.flow.Store(f)
+	if isClosed(s.done) {
+		f.sessionLost()
+	}
+	go func() {
+		f.pump(nil)
+		f.close()
+		done()
+	}()
+	return nil
+}
+
+// refuse answers OPEN with RESET. The flow never has a local end: what the peer
+// had sent ahead is discarded until its own RESET or END.
+func (s *Session) refuse(number uint32, reason ResetReason) error {
+	f := newFlow(s, number, nil)
+	f.aborted.Store(true)
+	f.sentReset, f.settled = true, true
+	close(f.pumped)
+	s.flow.Store(f)
+	return s.send(resetFrame(number, reason))
+}
+
 // pump moves the local end's bytes into the session until they end. opening is
-// the OPEN frame to go first, empty at the concentrator.
+// the OPEN frame to go first, empty at the end that the flow was opened towards.
 func (f *flow) pump(opening []byte) {
 	defer close(f.pumped)
 	s := f.session
@@ -192,6 +225,7 @@ func (f *flow) pump(opening []byte) {
 			s.fail(err)
 			return
 		}
+		s.keepCalm()
 		record, limit := recordPayload, batch*recordPayload-frameHeader
 		if moved < earlyBytes {
 			record, limit = earlyRecord, recordPayload-frameHeader
@@ -271,6 +305,11 @@ func (e *FlowAbortedError) Error() string { return "flow aborted: " + e.Reason.S
 // directions have ended; client is closed then. The session can be used again
 // unless it is Done. The error, if any, is of this flow.
 func (s *Session) Relay(client *net.TCPConn, destination netip.AddrPort) error {
+	return s.relay(client, func(b []byte, number uint32) []byte { return appendOpen(b, number, destination) })
+}
+
+// relay is Relay for either direction: opening appends the OPEN frame.
+func (s *Session) relay(client *net.TCPConn, opening func(b []byte, number uint32) []byte) error {
 	local, err := newLocal(client)
 	if err != nil {
 		_ = client.Close()
@@ -283,13 +322,13 @@ func (s *Session) Relay(client *net.TCPConn, destination netip.AddrPort) error {
 		f.sessionLost()
 		return s.err
 	}
-	f.pump(appendOpen(make([]byte, 0, maxOpen), f.number, destination))
+	f.pump(opening(make([]byte, 0, maxOpen), f.number))
 	f.close()
-	if isClosed(s.done) {
+	switch {
+	case !f.aborted.Load():
+		return nil // complete, even if the session has ended right behind it
+	case isClosed(s.done):
 		return s.err
 	}
-	if f.aborted.Load() {
-		return &FlowAbortedError{ResetReason(f.reason.Load())}
-	}
-	return nil
+	return &FlowAbortedError{ResetReason(f.reason.Load())}
 }

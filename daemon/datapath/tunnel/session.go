@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"sync"
@@ -55,8 +56,12 @@ type Session struct {
 	decoder   decoder
 	multipath bool // MPTCP was negotiated; false: plain TCP
 
-	// open is set at the concentrator: it dials a flow's destination.
-	open func(number uint32, destination netip.AddrPort) error
+	// open is set at the end that flows are opened towards: it reads the payload of
+	// an OPEN frame and dials where the flow is to go.
+	open func(payload []byte) error
+	// calm, if set, says which congestion control flows are sent with.
+	calm   *calm
+	calmed bool // which one it is; only the goroutine that sends a flow uses this
 
 	writing sync.Mutex // held while records are written, and guards a flow's sent marks
 
@@ -112,12 +117,32 @@ type hello struct {
 	Max      int    `json:"max"`
 	Software string `json:"software,omitempty"`
 	Secret   []byte `json:"secret,omitempty"` // ENROL only
+
+	Role role   `json:"role,omitempty"`
+	Bond uint64 `json:"bond,string,omitempty"` // role packets: which carriers belong together
+	Link string `json:"link,omitempty"`        // role packets: the name of the uplink, empty for all
 }
+
+// role is what a session is for, as the router says in HELLO.
+type role string
+
+const (
+	roleFlows   role = ""        // the router opens flows
+	rolePackets role = "packets" // packets instead of flows
+	roleInbound role = "inbound" // the concentrator opens flows
+)
 
 // welcome is the payload of WELCOME.
 type welcome struct {
 	Version int    `json:"version"`
 	Router  string `json:"router"` // the name the concentrator has for the router
+
+	// Role packets: the addresses of the router inside the tunnel, and of the
+	// concentrator.
+	Inner4   netip.Addr `json:"inner4,omitzero"`
+	Inner6   netip.Addr `json:"inner6,omitzero"`
+	Gateway4 netip.Addr `json:"gateway4,omitzero"`
+	Gateway6 netip.Addr `json:"gateway6,omitzero"`
 }
 
 // RefusedError is the concentrator's REFUSE.
@@ -135,6 +160,7 @@ const (
 	CodeTokenUnknown = "token_unknown"
 	CodeTokenUsed    = "token_used"
 	CodeTokenExpired = "token_expired"
+	CodeBusy         = "busy" // the router has as many connections of this kind as it may
 	CodeProtocol     = "protocol"
 	CodeInternal     = "internal"
 )
@@ -152,22 +178,34 @@ func negotiate(peerMin, peerMax int) (int, error) {
 
 // sendControl writes one frame with a JSON payload.
 func (s *Session) sendControl(kind frameKind, payload any) error {
-	body, err := json.Marshal(payload)
+	frame, err := controlFrame(kind, payload)
 	if err != nil {
 		return err
 	}
-	_, err = s.tls.Write(appendFrame(nil, kind, body))
+	_, err = s.tls.Write(frame)
 	return err
+}
+
+func controlFrame(kind frameKind, payload any) ([]byte, error) {
+	body, err := json.Marshal(payload)
+	if err != nil {
+		return nil, err
+	}
+	return appendFrame(nil, kind, body), nil
 }
 
 // receiveControl reads exactly one frame, and is used before the first flow
 // only. A peer that sends more than that one frame breaks the protocol.
 func (s *Session) receiveControl() (frameKind, []byte, error) {
+	return receiveControl(s.tls, &s.decoder)
+}
+
+func receiveControl(from io.Reader, d *decoder) (frameKind, []byte, error) {
 	in := make([]byte, maxControl+frameHeader)
 	for {
-		n, err := s.tls.Read(in)
+		n, err := from.Read(in)
 		if n > 0 {
-			f, rest, ok, err := s.decoder.next(in[:n])
+			f, rest, ok, err := d.next(in[:n])
 			switch {
 			case err != nil:
 				return 0, nil, err
@@ -291,11 +329,7 @@ func (s *Session) handle(f fragment) error {
 		return nil
 	case frameOpen:
 		if s.open == nil {
-			return fmt.Errorf("%w: only a router opens flows", errProtocol)
-		}
-		number, destination, err := parseOpen(f.payload)
-		if err != nil {
-			return err
+			return fmt.Errorf("%w: OPEN from the end that flows are opened towards", errProtocol)
 		}
 		if current != nil {
 			if !current.ended {
@@ -303,7 +337,7 @@ func (s *Session) handle(f fragment) error {
 			}
 			<-current.pumped // its last frame was sent, or we would not see OPEN
 		}
-		return s.open(number, destination)
+		return s.open(f.payload)
 	case framePing:
 		return s.send(appendFrame(nil, framePong, nil))
 	case framePong:
@@ -347,6 +381,17 @@ func (s *Session) sendBuffer(b *buffer, from, to, record int) error {
 		s.fail(err)
 	}
 	return err
+}
+
+// busy says whether a flow is open on the session.
+func (s *Session) busy() bool {
+	f := s.flow.Load()
+	return f != nil && !(isClosed(f.pumped) && isClosed(f.finished))
+}
+
+// silence is how long nothing has come from the peer.
+func (s *Session) silence(now time.Time) time.Duration {
+	return time.Duration(now.UnixNano() - s.heard.Load())
 }
 
 // Ping asks the peer for a sign of life.

@@ -26,6 +26,7 @@ type bond struct {
 	routerID   *Identity
 	serverID   *Identity
 	address    string
+	carriers   *carriers
 	log        *logBuffer // the server's
 	stopServer func()
 }
@@ -67,7 +68,7 @@ func newIdentity(t testing.TB) *Identity {
 
 func newBond(t testing.TB) *bond {
 	t.Helper()
-	b := &bond{t: t, routerID: newIdentity(t), serverID: newIdentity(t), log: new(logBuffer)}
+	b := &bond{t: t, routerID: newIdentity(t), serverID: newIdentity(t), carriers: newCarriers(), log: new(logBuffer)}
 	b.admission = &registry{routers: map[PublicKey]string{b.routerID.PublicKey(): "home"}, tokens: map[string]string{}}
 	b.startServer("127.0.0.1:0")
 	b.pool = NewPool(slog.New(slog.DiscardHandler))
@@ -101,6 +102,7 @@ func (b *bond) startServer(address string) {
 		return c.(*net.TCPConn), func() {}, 0, nil
 	}
 	b.server = NewServer(b.serverID, b.admission, dial, slog.New(slog.NewTextHandler(b.log, nil)))
+	b.server.HandlePackets(b.carriers)
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
 	running.Go(func() { b.server.Serve(ctx, l) })

@@ -1,0 +1,60 @@
+package tunnel
+
+import (
+	"errors"
+	"log/slog"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+)
+
+// calmControl is the congestion control of a session while its flows must not
+// fill the uplinks' queues. It is in stock kernels, as a module in some.
+const calmControl = "bbr"
+
+// calm says which congestion control the sessions of one router send with. A
+// flow looks here each time before it sends, so that a change costs nothing for
+// those that send nothing.
+type calm struct {
+	on      atomic.Bool
+	missing atomic.Bool // this kernel does not let us use calmControl
+	log     *slog.Logger
+}
+
+func newCalm(log *slog.Logger) *calm { return &calm{log: log} }
+
+// keepCalm makes the session's congestion control what it should be. Only the
+// goroutine that sends a flow's bytes calls it.
+func (s *Session) keepCalm() {
+	if s.calm == nil {
+		return
+	}
+	on := s.calm.on.Load() && !s.calm.missing.Load()
+	if on == s.calmed {
+		return
+	}
+	s.calmed = on
+	control := congestionControl
+	if on {
+		control = calmControl
+	}
+	err := s.wire.setCongestionControl(control)
+	// Unknown to the kernel, or not allowed without CAP_NET_ADMIN.
+	unavailable := errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EPERM)
+	if on && unavailable && !s.calm.missing.Swap(true) {
+		s.calm.log.Warn("big transfers will delay small packets: the kernel has no other congestion control for them; load its module tcp_bbr and restart",
+			"want", calmControl, "stays", congestionControl, "error", err)
+	}
+}
+
+// setCongestionControl sets it for a socket and all its subflows.
+func (s *socket) setCongestionControl(name string) error {
+	var err error
+	controlErr := s.raw.Control(func(fd uintptr) {
+		err = unix.SetsockoptString(int(fd), unix.IPPROTO_TCP, unix.TCP_CONGESTION, name)
+	})
+	if controlErr != nil {
+		return controlErr
+	}
+	return err
+}

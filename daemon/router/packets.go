@@ -1,0 +1,541 @@
+package router
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"sheaf/daemon/control/desired"
+	"sheaf/daemon/control/settings"
+	"sheaf/daemon/datapath/bond"
+	"sheaf/daemon/datapath/tun"
+	"sheaf/daemon/datapath/tunnel"
+)
+
+// The path of a LAN packet that is not TCP, and of the answer to it:
+//
+//	rule iif lan0 ─▶ masquerade ─▶ TUN ─▶ device.Run ─▶ Bond.Send ─▶ carriers of the uplinks
+//	LAN ◀─ kernel ◀─ TUN ◀─ device.Write ◀─ fromTunnel ◀─ Bond.Receive ◀─ carriers
+//
+// Carriers come and go by themselves: one QUIC connection for every uplink that
+// lets UDP through, and a few MPTCP sessions over all of them.
+
+const (
+	// tunQueues is how many flows can be read from the TUN at the same time.
+	tunQueues = 2
+	// streamSessions carry packets where UDP does not pass: one for interactive
+	// packets, the others share the rest by flow.
+	streamSessions = 3
+
+	// A carrier that does not come about is tried again after carrierRetryMin,
+	// doubling to carrierRetryMax while others carry, and without a pause while
+	// none does.
+	carrierRetryMin = time.Second
+	carrierRetryMax = 30 * time.Second
+	// carrierDial bounds one attempt. It is short, because the retransmissions
+	// of a handshake come ever more seldom, and an uplink may be back by then.
+	carrierDial = 1500 * time.Millisecond
+	// silentTime is how long a carrier may be unfit before it is dialled anew:
+	// after an outage a new handshake is faster than the retransmission timers
+	// of an old connection.
+	silentTime = 2 * time.Second
+
+	superviseEvery = 250 * time.Millisecond
+	deviceRetry    = time.Second
+
+	// calmRate is from how many interactive packets a second on bulk TCP gives
+	// way to them.
+	calmRate = 10
+	// calmTime is how long it still does after the last of them.
+	calmTime = 5 * time.Second
+)
+
+// packets is the packet half of the data path.
+type packets struct {
+	log     *slog.Logger
+	id      uint64 // of this start; both ends put the carriers of one id together
+	bond    *bond.Bond
+	changed func()        // what is wanted of the kernel has changed
+	reach   func(up bool) // the concentrator does or does not answer
+	calm    func(bool)    // interactive packets are under way
+
+	device   atomic.Pointer[tun.Device]
+	restarts atomic.Uint64 // of the TUN, deleted by others
+	spoofed  atomic.Uint64 // packets from the tunnel that are not for us
+
+	wake chan struct{}
+
+	mu       sync.Mutex
+	peer     *tunnel.Peer
+	paths    []tunnel.Path
+	inner    tunnel.Inner
+	wish     wish   // what the concentrator is told
+	told     []byte // as it was told last, over control
+	answer   answer // what it said to that
+	carriers map[string]*carrier
+	ranked   []string        // uplinks, best first
+	control  tunnel.Messages // the session over which wishes travel, or nil
+	telling  sync.WaitGroup
+}
+
+// carrier is the way of one uplink, or with an empty name the sessions over all.
+type carrier struct {
+	path   tunnel.Path
+	cancel context.CancelFunc
+	link   *bond.Link // nil while there is none
+	reason error      // why there is none
+	unfit  time.Time  // since when; zero while fit
+	reset  func()     // ends the present connection
+}
+
+func newPackets(log *slog.Logger) *packets {
+	p := &packets{log: log, id: rand.Uint64(), wake: make(chan struct{}, 1), carriers: map[string]*carrier{}}
+	p.bond = bond.New(bond.Config{
+		Log: log, Deliver: p.fromTunnel,
+		Alive: func(up bool) {
+			if up {
+				log.Info("the concentrator answers")
+			} else {
+				log.Warn("the concentrator does not answer over any uplink")
+			}
+			p.reach(up)
+			p.changed()
+		},
+	})
+	return p
+}
+
+// run serves until ctx ends.
+func (p *packets) run(ctx context.Context) {
+	var work sync.WaitGroup
+	work.Go(func() { p.bond.Run(ctx) })
+	work.Go(func() { p.keepDevice(ctx) })
+	work.Go(func() { p.keepCarriers(ctx, &work) })
+	work.Go(func() { p.keepCalm(ctx) })
+	work.Wait()
+	p.telling.Wait()
+}
+
+// keepDevice holds the TUN, and makes it again when somebody deletes it.
+func (p *packets) keepDevice(ctx context.Context) {
+	var failure string
+	for ctx.Err() == nil {
+		device, err := tun.Open(desired.TunnelName, tunQueues)
+		if err == nil {
+			failure = ""
+			p.device.Store(device)
+			p.changed()
+			err = device.Run(ctx, p.fromLAN)
+			p.device.Store(nil)
+			_ = device.Close()
+			if ctx.Err() != nil {
+				return
+			}
+			p.restarts.Add(1)
+			p.changed()
+		}
+		if err != nil && err.Error() != failure {
+			failure = err.Error()
+			p.log.Warn("the tunnel's network interface is gone; making it again", "interface", desired.TunnelName, "error", err)
+		}
+		if errors.Is(err, tun.ErrGone) {
+			continue
+		}
+		sleep(ctx, deviceRetry)
+	}
+}
+
+func (p *packets) fromLAN(_ int, list [][]byte) {
+	for _, packet := range list {
+		p.bond.Send(packet)
+	}
+}
+
+// fromTunnel passes on what is addressed to this router, and nothing else: what
+// the concentrator sends must not reach other networks that the router is in.
+func (p *packets) fromTunnel(list [][]byte) {
+	device := p.device.Load()
+	if device == nil {
+		return
+	}
+	p.mu.Lock()
+	inner := p.inner
+	p.mu.Unlock()
+	list = slices.DeleteFunc(list, func(packet []byte) bool {
+		h, err := bond.Parse(packet)
+		foreign := err != nil || h.Destination != inner.Address4 && h.Destination != inner.Address6
+		if foreign {
+			p.spoofed.Add(1)
+		}
+		return foreign
+	})
+	if len(list) > 0 {
+		_ = device.Write(list) // the interface is down or gone: keepDevice sees to it
+	}
+}
+
+// setPeer sets whom to dial, setPaths from where.
+func (p *packets) setPeer(peer *tunnel.Peer) {
+	p.mu.Lock()
+	p.peer = peer
+	p.mu.Unlock()
+	p.kick()
+}
+
+func (p *packets) setPaths(paths []tunnel.Path) {
+	p.mu.Lock()
+	p.paths = paths
+	p.mu.Unlock()
+	p.kick()
+}
+
+func (p *packets) kick() {
+	select {
+	case p.wake <- struct{}{}:
+	default:
+	}
+}
+
+// keepCarriers starts and ends the carriers as paths come and go, and gives up
+// those that have fallen silent.
+func (p *packets) keepCarriers(ctx context.Context, work *sync.WaitGroup) {
+	tick := time.NewTicker(superviseEvery)
+	defer tick.Stop()
+	var peer *tunnel.Peer
+	for {
+		p.mu.Lock()
+		if !samePeer(p.peer, peer) {
+			peer = p.peer
+			for name := range p.carriers {
+				p.dropLocked(name)
+			}
+		}
+		wanted := map[string]tunnel.Path{}
+		if peer != nil && len(p.paths) > 0 {
+			for _, path := range p.paths {
+				wanted[path.Name] = path
+			}
+			wanted[""] = tunnel.Path{}
+		}
+		for name, c := range p.carriers {
+			if path, ok := wanted[name]; !ok || !slices.Equal(path.Sources, c.path.Sources) {
+				p.dropLocked(name)
+			}
+		}
+		for name, path := range wanted {
+			if c := p.carriers[name]; c != nil {
+				c.path = path
+				continue
+			}
+			each, cancel := context.WithCancel(ctx)
+			c := &carrier{path: path, cancel: cancel}
+			p.carriers[name] = c
+			work.Go(func() { p.keep(each, peer, c) })
+		}
+		p.superviseLocked(time.Now())
+		p.mu.Unlock()
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		case <-p.wake:
+		}
+	}
+}
+
+// samePeer says whether carriers to a serve for b.
+func samePeer(a, b *tunnel.Peer) bool {
+	if a == nil || b == nil {
+		return a == b
+	}
+	return a.Concentrator == b.Concentrator && slices.Equal(a.Addresses, b.Addresses) && a.Variant == b.Variant
+}
+
+func (p *packets) dropLocked(name string) {
+	p.carriers[name].cancel()
+	delete(p.carriers, name)
+}
+
+// superviseLocked sets which carriers only stand by, and resets silent ones.
+func (p *packets) superviseLocked(now time.Time) {
+	streamNeeded := false
+	for name, c := range p.carriers {
+		if name != "" && !c.path.Backup && c.link == nil {
+			streamNeeded = true
+		}
+	}
+	p.wish.Backup, p.wish.Stream = nil, streamNeeded
+	for _, path := range p.paths {
+		if path.Backup {
+			p.wish.Backup = append(p.wish.Backup, path.Name)
+		}
+	}
+	p.tellLocked()
+	for name, c := range p.carriers {
+		if c.link == nil {
+			c.unfit = time.Time{}
+			continue
+		}
+		c.link.SetBackup(c.path.Backup || name == "" && !streamNeeded)
+		switch {
+		case c.link.Fit():
+			c.unfit = time.Time{}
+		case c.unfit.IsZero():
+			c.unfit = now
+		case now.Sub(c.unfit) > silentTime:
+			c.unfit = time.Time{}
+			c.reset()
+		}
+	}
+}
+
+// keep holds one carrier until ctx ends.
+func (p *packets) keep(ctx context.Context, peer *tunnel.Peer, c *carrier) {
+	wait := carrierRetryMin
+	for ctx.Err() == nil {
+		begun := time.Now()
+		var err error
+		if c.path.Name == "" {
+			err = p.carryStream(ctx, peer, c)
+		} else {
+			err = p.carryDatagrams(ctx, peer, c)
+		}
+		if time.Since(begun) > carrierRetryMax {
+			wait = carrierRetryMin
+		}
+		p.mu.Lock()
+		c.reason = err
+		p.mu.Unlock()
+		switch {
+		case !p.bond.Alive():
+			// Refusals come at once, and so may come again.
+			sleep(ctx, max(0, carrierRetryMin/2-time.Since(begun)))
+			wait = carrierRetryMin
+		default:
+			sleep(ctx, wait)
+			wait = min(2*wait, carrierRetryMax)
+		}
+	}
+}
+
+// carryDatagrams holds one QUIC connection from its handshake to its end.
+func (p *packets) carryDatagrams(ctx context.Context, peer *tunnel.Peer, c *carrier) error {
+	dialling, cancel := context.WithTimeout(ctx, carrierDial)
+	defer cancel()
+	m, inner, err := peer.DialDatagram(dialling, c.path, p.id)
+	if err != nil {
+		return err
+	}
+	return p.serve(ctx, c, bond.Datagram, inner, []tunnel.Messages{m})
+}
+
+// carryStream holds the MPTCP sessions for packets until one of them ends.
+func (p *packets) carryStream(ctx context.Context, peer *tunnel.Peer, c *carrier) error {
+	p.mu.Lock()
+	paths := slices.Clone(p.paths)
+	p.mu.Unlock()
+	dialling, cancel := context.WithTimeout(ctx, 2*carrierDial)
+	defer cancel()
+	var list []tunnel.Messages
+	var inner tunnel.Inner
+	for range streamSessions {
+		m, got, err := peer.DialStream(dialling, paths, p.id)
+		if err != nil {
+			for _, open := range list {
+				_ = open.Close()
+			}
+			return err
+		}
+		list, inner = append(list, m), got
+	}
+	return p.serve(ctx, c, bond.Stream, inner, list)
+}
+
+// serve makes sessions a link of the bond, until one ends.
+func (p *packets) serve(ctx context.Context, c *carrier, kind bond.LinkKind, inner tunnel.Inner, list []tunnel.Messages) error {
+	closeAll := func() {
+		for _, m := range list {
+			_ = m.Close()
+		}
+	}
+	defer closeAll()
+	stop := context.AfterFunc(ctx, closeAll)
+	defer stop()
+	config := bond.LinkConfig{Name: c.path.Name, Kind: kind, Backup: c.path.Backup || kind == bond.Stream}
+	for _, m := range list {
+		config.Carriers = append(config.Carriers, m)
+	}
+	link := p.bond.AddLink(config)
+	defer p.bond.RemoveLink(link)
+
+	p.mu.Lock()
+	c.link, c.reason, c.reset = link, nil, closeAll
+	learnt := p.inner != inner
+	p.inner = inner
+	if kind == bond.Stream {
+		p.control, p.told = list[0], nil
+		p.tellLocked()
+	}
+	p.mu.Unlock()
+	if learnt {
+		p.changed()
+	}
+	p.kick()
+	defer func() {
+		p.mu.Lock()
+		c.link = nil
+		if kind == bond.Stream {
+			p.control = nil
+		}
+		p.mu.Unlock()
+		p.kick()
+	}()
+
+	ended := make(chan error, len(list))
+	for _, m := range list {
+		go func() {
+			ended <- m.Receive(tunnel.Receiver{
+				Message: func(message []byte) { p.bond.Receive(link, message) },
+				Control: p.answered,
+			})
+		}()
+	}
+	err := <-ended
+	closeAll()
+	for range len(list) - 1 {
+		<-ended
+	}
+	return err
+}
+
+// keepCalm asks bulk transfers to give way while interactive packets flow.
+func (p *packets) keepCalm(ctx context.Context) {
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	var last uint64
+	var until time.Time
+	calm := false
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		sent := p.bond.InteractiveSent()
+		if sent-last >= calmRate {
+			until = time.Now().Add(calmTime)
+		}
+		last = sent
+		if now := time.Now().Before(until); now != calm {
+			calm = now
+			p.calm(calm)
+		}
+	}
+}
+
+// wish is what a router asks of its concentrator, as JSON in a CONFIG frame.
+type wish struct {
+	Forwards []wishedForward `json:"forwards"`
+	// Backup names the uplinks that carry only while no other is fit. Stream says
+	// that the stream carrier is more than that: some uplink has no other.
+	Backup []string `json:"backup"`
+	Stream bool     `json:"stream"`
+}
+
+type wishedForward struct {
+	Protocol string `json:"protocol"`
+	Port     uint16 `json:"port"`
+}
+
+// answer is what a concentrator says to that, in a STATE frame.
+type answer struct {
+	Forwards []struct {
+		Protocol string `json:"protocol"`
+		Port     uint16 `json:"port"`
+		State    string `json:"state"`
+		Reason   string `json:"reason"`
+	} `json:"forwards"`
+}
+
+func (p *packets) setForwards(list []settings.Forward) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.wish.Forwards = nil
+	for _, f := range list {
+		p.wish.Forwards = append(p.wish.Forwards, wishedForward{f.Protocol, f.Port})
+	}
+	p.tellLocked()
+}
+
+// tellLocked sends the wish if the concentrator has not heard it yet. It never
+// waits for the network.
+func (p *packets) tellLocked() {
+	text, err := json.Marshal(p.wish)
+	if err != nil {
+		panic(fmt.Sprintf("a wish is plain data: %v", err))
+	}
+	if p.control == nil || bytes.Equal(text, p.told) {
+		return
+	}
+	p.told = text
+	control := p.control
+	p.telling.Go(func() { _ = control.SendControl(text) }) // a failure ends the session, and the next is told
+}
+
+func (p *packets) answered(text []byte) {
+	var a answer
+	if err := json.Unmarshal(text, &a); err != nil {
+		p.log.Warn("the concentrator's word on the forwards is not readable", "error", err)
+		return
+	}
+	p.mu.Lock()
+	p.answer = a
+	p.mu.Unlock()
+}
+
+// state is what the control path must know.
+func (p *packets) state() desired.Tunnel {
+	t := desired.Tunnel{Ranking: p.ranking()}
+	if device := p.device.Load(); device != nil {
+		t.Device = desired.Interface{Index: device.Index(), Name: device.Name()}
+	}
+	p.mu.Lock()
+	t.Address4, t.Address6 = p.inner.Address4, p.inner.Address6
+	t.Gateway4, t.Gateway6 = p.inner.Gateway4, p.inner.Gateway6
+	p.mu.Unlock()
+	t.Up = p.bond.Alive()
+	return t
+}
+
+// ranking orders the uplinks by their round-trip time, as far as it is known.
+func (p *packets) ranking() []string {
+	links := p.bond.Stats().Links
+	links = slices.DeleteFunc(links, func(l bond.LinkStats) bool { return l.Name == "" || l.MinRTT == 0 })
+	slices.SortStableFunc(links, func(a, b bond.LinkStats) int { return cmp.Compare(a.MinRTT, b.MinRTT) })
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	names := make([]string, len(links))
+	for i, l := range links {
+		names[i] = l.Name
+	}
+	if len(names) > 0 {
+		p.ranked = names
+	}
+	return p.ranked // while the tunnel is down: as it was
+}
+
+func sleep(ctx context.Context, d time.Duration) {
+	select {
+	case <-ctx.Done():
+	case <-time.After(d):
+	}
+}
