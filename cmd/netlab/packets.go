@@ -26,8 +26,8 @@ const (
 	bulkRate       = 90e6
 	bulkTime       = 15 * time.Second
 	bulkSettle     = 2 * time.Second
-	quicSize       = 60e6
-	quicTime       = 10 * time.Second
+	quicSize       = 200e6
+	quicTime       = 20 * time.Second
 )
 
 var interactive = netlab.Probe{Rate: 50, Size: 200, Duration: probeTime}

@@ -329,7 +329,7 @@ func (b *Bond) Send(packet []byte) {
 	b.sending.Lock()
 	defer b.sending.Unlock()
 	lane := laneOf(hash, class)
-	first, second := b.choose(lane)
+	first, second := b.choose(lane, now)
 	if first == nil {
 		b.drop(dropNoLink)
 		return
@@ -367,7 +367,7 @@ func (b *Bond) use(now time.Duration) {
 
 // choose gives the senders for a packet of a lane, second nil if it is to go once,
 // both nil if there is no link. The caller holds sending.
-func (b *Bond) choose(lane uint8) (first, second *sender) {
+func (b *Bond) choose(lane uint8, now time.Duration) (first, second *sender) {
 	if !b.alive.Load() {
 		return nil, nil
 	}
@@ -380,7 +380,7 @@ func (b *Bond) choose(lane uint8) (first, second *sender) {
 		}
 		b.views = append(b.views, view{
 			name: l.name, kind: l.kind, fit: l.fit.Load(), backup: l.backup.Load(),
-			delay: time.Duration(l.forward.Load()), wait: s.wait(class, b.moving[s]),
+			delay: l.delay(now), wait: s.wait(class, b.moving[s]),
 		})
 		b.chosen = append(b.chosen, s)
 	}
@@ -408,7 +408,7 @@ func (b *Bond) resend(waiting list) {
 		if classOf(packet.lane) == Interactive {
 			age = b.timing.InteractiveAge
 		}
-		s, _ := b.choose(packet.lane)
+		s, _ := b.choose(packet.lane, now)
 		switch {
 		case now-packet.at > age:
 			b.drop(dropQueue)
@@ -649,7 +649,7 @@ func (b *Bond) tickLinks(now time.Duration) (next time.Duration) {
 		silence := h.silence(now)
 		heard := h.heard != 0
 		alive = alive || l.sender(0) != nil && h.alive(now, b.timing)
-		if h.arrivalKnown && now-h.lastData < time.Second {
+		if h.arrivalKnown && (now-h.lastData < time.Second || fit && !l.backup.Load()) {
 			least, most = min(least, h.arrival), max(most, h.arrival)
 			jitter = max(jitter, h.arrivalJitter)
 		}
@@ -682,6 +682,7 @@ func (b *Bond) tickLinks(now time.Duration) (next time.Duration) {
 		l.mutex.Lock()
 		h := &l.health
 		every := b.timing.pace(usage{
+			busy:       l.sentBytes.Load()-h.probedBytes > probeBytes,
 			linkUsed:   now-time.Duration(l.lastData.Load()) < time.Second,
 			inUse:      inUse,
 			backup:     l.backup.Load() && primaryFit,

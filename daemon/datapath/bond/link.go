@@ -54,7 +54,6 @@ type Link struct {
 	// What the choice of links reads without the mutex.
 	fit      atomic.Bool
 	usable   atomic.Bool  // it was heard at some time, and has a carrier left
-	forward  atomic.Int64 // time.Duration: delay to the other end, off by the difference of the clocks
 	lastData atomic.Int64 // time.Duration: when a packet was last queued
 
 	sentPackets, sentBytes, receivedPackets, receivedBytes atomic.Uint64
@@ -77,18 +76,21 @@ type health struct {
 	received uint32        // messages
 	lastData time.Duration // a packet was received
 
-	probed     time.Duration // the last probe
-	silent     time.Duration // the first probe since anything was heard
-	unanswered time.Duration // the first probe since one was answered
-	number     uint32
-	probes     [64]sentProbe
+	probed time.Duration // the last probe
+	// probedBytes is what had been sent before it.
+	probedBytes uint64
+	silent      time.Duration // the first probe since anything was heard
+	unanswered  time.Duration // the first probe since one was answered
+	number      uint32
+	probes      [64]sentProbe
 
 	rtt, deviation time.Duration // smoothed (RFC 6298)
 	// lowest and lowestBefore are the least round-trip times of this and the last
 	// half minute.
 	lowest, lowestBefore, lowestSince time.Duration
-	forward, arrival, arrivalJitter   time.Duration
-	forwardKnown, arrivalKnown        bool
+	model                             model
+	arrival, arrivalJitter            time.Duration
+	arrivalKnown                      bool
 
 	loss         float64 // 0 to 1, smoothed
 	lossSent     uint32
@@ -102,7 +104,9 @@ type sentProbe struct {
 	number uint32
 	at     time.Duration
 	sent   uint32 // messages before it
-	open   bool   // not answered yet
+	bytes  uint64 // and bytes
+	left   time.Duration
+	open   bool // not answered yet
 }
 
 // onHeard notes that a message came.
@@ -115,7 +119,7 @@ func (h *health) onHeard(now time.Duration) {
 // onProbe notes that a probe is sent, and gives its number.
 func (h *health) onProbe(now time.Duration) uint32 {
 	h.number++
-	h.probes[h.number%uint32(len(h.probes))] = sentProbe{number: h.number, at: now, open: true}
+	h.probes[h.number%uint32(len(h.probes))] = sentProbe{number: h.number, at: now, left: now, open: true}
 	h.probed = now
 	if h.silent == 0 {
 		h.silent = now
@@ -149,8 +153,7 @@ func (h *health) onReply(m message, now time.Duration) {
 	}
 	h.lowest = min(h.lowest, rtt)
 
-	h.forward = smooth(h.forward, m.time-p.at, h.forwardKnown)
-	h.forwardKnown = true
+	h.model.answered(p.left, m.time, p.bytes)
 
 	sent, received := p.sent-h.lossSent, m.received-h.lossReceived
 	switch {
@@ -228,6 +231,13 @@ func (l *Link) SetBackup(backup bool) {
 
 func (l *Link) isRemoved() bool { return l.removed.Load() }
 
+// delay predicts how long a packet takes that the carrier gets now.
+func (l *Link) delay(now time.Duration) time.Duration {
+	l.mutex.Lock()
+	defer l.mutex.Unlock()
+	return l.health.model.delay(now, l.sentBytes.Load())
+}
+
 // Fit says whether the link carries packets.
 func (l *Link) Fit() bool { return l.fit.Load() && l.usable.Load() }
 
@@ -250,6 +260,7 @@ func (l *Link) sender(lane uint8) *sender {
 func (l *Link) probe(now time.Duration) {
 	l.mutex.Lock()
 	number := l.health.onProbe(now)
+	l.health.probedBytes = l.sentBytes.Load()
 	l.mutex.Unlock()
 	if s := l.sender(0); s != nil {
 		s.enqueueControl(control{number: number, time: now})
@@ -261,7 +272,7 @@ func (l *Link) noteProbe(number uint32) {
 	l.mutex.Lock()
 	defer l.mutex.Unlock()
 	if p := &l.health.probes[number%uint32(len(l.health.probes))]; p.number == number {
-		p.sent = l.sentMessages.Load()
+		p.sent, p.bytes, p.left = l.sentMessages.Load(), l.sentBytes.Load(), l.bond.now()
 	}
 }
 
@@ -280,7 +291,6 @@ func (l *Link) arrived(m message, length int, now time.Duration) {
 	case kindReply:
 		was := l.health.fit
 		l.health.onReply(m, now)
-		l.forward.Store(int64(l.health.forward))
 		becameFit = l.health.fit && !was
 		l.fit.Store(l.health.fit)
 	}
@@ -303,7 +313,9 @@ func (l *Link) arrived(m message, length int, now time.Duration) {
 // noteSent counts a message that the carrier took.
 func (l *Link) noteSent(length int, packet bool) {
 	l.sentMessages.Add(1)
-	l.sentBytes.Add(uint64(length))
+	if before := l.sentBytes.Add(uint64(length)) - uint64(length); before/probeBytes != l.sentBytes.Load()/probeBytes {
+		l.bond.wake() // a probe may be due
+	}
 	if packet {
 		l.sentPackets.Add(1)
 	}

@@ -4,6 +4,8 @@ import "time"
 
 // Timing is when things happen. Zero fields have the values that are given here.
 type Timing struct {
+	// ProbeBusy is the time between probes of a link that carries much data, 20 ms.
+	ProbeBusy time.Duration
 	// ProbeActive is the time between probes of a link that was sent data within
 	// the last second, ProbeInUse of one that was not while others were,
 	// ProbeIdle when the Bond had no packets for IdleAfter, and of backups that
@@ -48,6 +50,7 @@ func (t Timing) withDefaults() Timing {
 			*field = value
 		}
 	}
+	set(&t.ProbeBusy, 20*time.Millisecond)
 	set(&t.ProbeActive, 100*time.Millisecond)
 	set(&t.ProbeInUse, 500*time.Millisecond)
 	set(&t.ProbeIdle, 5*time.Second)
@@ -69,6 +72,7 @@ func (t Timing) withDefaults() Timing {
 
 // usage is what the pace of a link's probes depends on.
 type usage struct {
+	busy       bool          // much data was sent on it since its last probe
 	linkUsed   bool          // data was sent on it within the last second
 	inUse      bool          // the Bond had packets within IdleAfter
 	backup     bool          // and there are links that are fit and no backups
@@ -86,6 +90,9 @@ func (t Timing) pace(u usage) time.Duration {
 	}
 	if u.linkUsed {
 		every = t.ProbeActive
+	}
+	if u.busy {
+		every = t.ProbeBusy
 	}
 	switch {
 	case u.unanswered:
