@@ -31,7 +31,7 @@ demo: need-demo build ## watch one download over one uplink, over three, and whi
 	$(BIN)/netlab demo $(if $(HOLD),--hold)
 
 .PHONY: bench
-bench: build ## the figures, as ratios within one run (PART=shaped, small, many or unshaped for one of them)
+bench: build ## the figures, as ratios within one run (PART=shaped, packets, small, many or unshaped for one of them)
 	$(BIN)/netlab bench $(if $(PART),--only $(PART))
 
 .PHONY: test
@@ -62,6 +62,10 @@ $(LINT):
 fuzz: ## look for inputs that break the parsers, one minute each
 	go test -run '^$$' -fuzz FuzzDecoder -fuzztime 60s ./daemon/datapath/tunnel
 	go test -run '^$$' -fuzz FuzzParse -fuzztime 60s ./daemon/control/settings
+	go test -run '^$$' -fuzz FuzzParse -fuzztime 60s ./daemon/datapath/bond
+	go test -run '^$$' -fuzz FuzzReceive -fuzztime 60s ./daemon/datapath/bond
+	go test -run '^$$' -fuzz FuzzParseQuery -fuzztime 60s ./daemon/datapath/egress
+	go test -run '^$$' -fuzz FuzzParsePacket -fuzztime 60s ./daemon/netlab
 
 .PHONY: clean
 clean: ## remove what was built

@@ -1,17 +1,18 @@
 // Package daemon is a map; its packages do the work.
 //
-//	data     LAN client ─▶ intercept ─▶ tunnel ═╦═ uplink 1 ═╦═▶ tunnel ─▶ egress ─▶ Internet
-//	                       (TPROXY)             ╠═ uplink 2 ═╣  (concentrator)
-//	                                            ╚═ uplink N ═╝
+//	data     LAN TCP     ─▶ intercept ─▶ tunnel ═══════╦═ uplink 1 ═╦═▶ tunnel ─▶ egress ─▶ Internet
+//	         other packets ─▶ tun ─▶ bond ─▶ tunnel ═══╩═ uplink N ═╩═▶ tunnel ─▶ bond ─▶ tun ─▶ Internet
 //	control  a click, a file, an event ─▶ settings ─▶ desired ─▶ reconcile ─▶ kernel
 //
 //	router/            joins both paths on the device
 //	concentrator/      joins both paths in the cloud
 //	datapath/
-//	  intercept/       diverted LAN traffic → flows
-//	  tunnel/          flows ↔ authenticated MPTCP sessions, both ends
+//	  intercept/       diverted LAN TCP → flows
+//	  tun/             the TUN device of either end: packets ↔ the kernel
+//	  bond/            packets ↔ messages over several links, classes, order, copies
+//	  tunnel/          flows and messages ↔ authenticated MPTCP sessions and QUIC connections, both ends
 //	  uplink/          watching each WAN: fit or unfit
-//	  egress/          flow → Internet, with what it refuses
+//	  egress/          flow → Internet, with what it refuses; ports and names for the routers
 //	control/
 //	  settings/        the operator's choices: schema, validation, revisions
 //	  desired/         settings + uplinks → State; Diff(have, want) → Changes. Pure
