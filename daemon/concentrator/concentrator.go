@@ -100,6 +100,9 @@ func Run(ctx context.Context, c Config) error {
 	}
 	con.packets = newPackets(c.Log, store, policy, ports, con.server.OpenInbound)
 	con.packets.calm = con.server.SetCalm
+	if c.ConnectRouters {
+		con.packets.mutual = []netip.Prefix{Network4(), store.Network6()}
+	}
 	con.server.HandlePackets(con.packets)
 	gateway, err := newGateway(ctx, c, store, con.packets)
 	if err != nil {

@@ -45,7 +45,8 @@ type packets struct {
 	checker  *egress.Checker
 	forwards *egress.Forwards
 	calm     func(tunnel.PublicKey, bool)
-	changed  func() // what is wanted of the kernel has changed
+	changed  func()         // what is wanted of the kernel has changed
+	mutual   []netip.Prefix // what routers may reach of one another
 
 	device   atomic.Pointer[tun.Device]
 	unrouted atomic.Uint64 // packets for routers that are not there
@@ -118,11 +119,10 @@ func (p *packets) run(ctx context.Context) {
 
 // keepDevice holds the TUN, and makes it again when somebody deletes it.
 func (p *packets) keepDevice(ctx context.Context) {
-	var failure string
-	for ctx.Err() == nil {
+	var logged time.Time
+	for failures := 1; ctx.Err() == nil; failures++ {
 		device, err := tun.Open(desired.ConcentratorTunnelName, tunQueues)
 		if err == nil {
-			failure = ""
 			p.device.Store(device)
 			p.changed()
 			err = device.Run(ctx, p.fromInternet)
@@ -133,9 +133,10 @@ func (p *packets) keepDevice(ctx context.Context) {
 			}
 			p.changed()
 		}
-		if err != nil && err.Error() != failure {
-			failure = err.Error()
-			p.log.Warn("the network interface for routers' packets is gone; making it again", "interface", desired.ConcentratorTunnelName, "error", err)
+		if err != nil && time.Since(logged) >= time.Minute {
+			logged = time.Now()
+			p.log.Warn("the network interface for routers' packets is gone; making it again",
+				"interface", desired.ConcentratorTunnelName, "error", err, "times", failures)
 		}
 		if errors.Is(err, tun.ErrGone) {
 			continue
@@ -317,6 +318,11 @@ func (p *packets) accept(mb *member, h bond.Header) bool {
 	}
 	if h.Destination == mb.inner.Gateway4 || h.Destination == mb.inner.Gateway6 {
 		return true
+	}
+	for _, network := range p.mutual {
+		if network.Contains(h.Destination) {
+			return true // the Checker takes them for private ones
+		}
 	}
 	if !p.checker.Allowed(h.Destination) {
 		mb.forbidden.Add(1)

@@ -358,6 +358,16 @@ func (b *Bond) queue(s *sender, packets list, now time.Duration, first bool) {
 	s.enqueue(packets, now, first)
 }
 
+// Touch says that the Bond is about to be relied on, although no packet came yet:
+// the links are probed as while it is in use.
+func (b *Bond) Touch() {
+	now := b.now()
+	if now-time.Duration(b.used.Load()) > b.timing.IdleAfter {
+		defer b.wake()
+	}
+	b.use(now)
+}
+
 // use notes that the Bond is in use.
 func (b *Bond) use(now time.Duration) {
 	if last := time.Duration(b.used.Load()); now-last > 10*time.Millisecond {
@@ -681,9 +691,10 @@ func (b *Bond) tickLinks(now time.Duration) (next time.Duration) {
 	for _, l := range links {
 		l.mutex.Lock()
 		h := &l.health
+		linkUsed := now-time.Duration(l.lastData.Load()) < time.Second
 		every := b.timing.pace(usage{
 			busy:       l.sentBytes.Load()-h.probedBytes > probeBytes,
-			linkUsed:   now-time.Duration(l.lastData.Load()) < time.Second,
+			linkUsed:   linkUsed,
 			inUse:      inUse,
 			backup:     l.backup.Load() && primaryFit,
 			silence:    h.silence(now),
@@ -695,7 +706,7 @@ func (b *Bond) tickLinks(now time.Duration) (next time.Duration) {
 		waiting := h.silent != 0 && (h.fit || h.silence(now) < b.timing.DeadAfter)
 		l.mutex.Unlock()
 		if due <= now {
-			l.probe(now)
+			l.probe(now, linkUsed)
 			due = now + every
 			waiting = true
 		}

@@ -26,6 +26,7 @@ type way struct {
 	delay   time.Duration
 	rate    float64 // bytes per second
 	max     atomic.Int64
+	path    atomic.Int64 // longer messages are lost; 0 for none
 	loss    atomic.Uint64 // per mille
 	jitter  time.Duration // also reorders
 	hole    atomic.Bool   // takes everything, delivers nothing
@@ -81,6 +82,9 @@ func (w *way) run(group *sync.WaitGroup, receive func([]byte)) {
 				return
 			case m := <-w.queue:
 				time.Sleep(time.Duration(float64(len(m)+60) / w.rate * float64(time.Second)))
+				if path := w.path.Load(); path > 0 && len(m) > int(path) {
+					continue
+				}
 				if w.hole.Load() || w.random.Uint64N(1000) < w.loss.Load() {
 					continue
 				}
@@ -140,7 +144,7 @@ type pair struct {
 	received func([]byte) // at the far end, may be nil
 }
 
-func newPair(t *testing.T) *pair { return newPairWith(t, Timing{}) }
+func newPair(t *testing.T) *pair { return newPairWith(t, Timing{ProbeIdle: 5 * time.Second}) }
 
 func newPairWith(t *testing.T, timing Timing) *pair {
 	p := &pair{t: t, start: time.Now()}
@@ -285,6 +289,48 @@ func TestInteractiveSurvivesBlackHole(t *testing.T) {
 		p.settle()
 		if s := p.near.Stats(); !s.Links[0].Fit {
 			t.Error("the link is not fit again after its return")
+		}
+	})
+}
+
+// A path that takes shorter messages than the carrier knows loses the long ones
+// in silence. Its carrier is closed, whose owner dials anew and learns.
+func TestPathThatShrinks(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := newPair(t)
+		defer p.end()
+		a, b := newWay(5*time.Millisecond, 50), newWay(20*time.Millisecond, 20)
+		aBack, bBack := newWay(5*time.Millisecond, 50), newWay(20*time.Millisecond, 20)
+		p.link("a", a, aBack)
+		p.link("b", b, bBack)
+		p.settle()
+		p.offer(0, 1000, 1400, 10*time.Millisecond)
+		p.settle()
+		p.expectAll(1000, true)
+		closed := func(w *way) bool {
+			select {
+			case <-w.done:
+				return true
+			default:
+				return false
+			}
+		}
+		if closed(a) || closed(b) {
+			t.Fatal("a carrier was closed though every message passed")
+		}
+		a.path.Store(1250)
+		p.offer(1000, 1000, 1400, 10*time.Millisecond)
+		if !closed(a) {
+			t.Error("the carrier whose long messages are lost was not closed")
+		}
+		if closed(b) {
+			t.Error("the other was")
+		}
+		// Where short ones are lost as well, it is the link that is silent.
+		b.hole.Store(true)
+		p.offer(2000, 1000, 1400, 10*time.Millisecond)
+		if closed(b) {
+			t.Error("a carrier was closed because the way is silent")
 		}
 	})
 }
@@ -1057,6 +1103,7 @@ func TestDecode(t *testing.T) {
 		{"empty", nil, message{}, false},
 		{"kind", []byte{0x18, 0, 0, 0, 0, 0, 1}, message{}, false},
 		{"probe", appendProbe(nil, 7, 3*time.Second), message{kind: kindProbe, number: 7, time: 3 * time.Second}, true},
+		{"padded probe", append(appendProbe(nil, 7, 3*time.Second), make([]byte, 1380)...), message{kind: kindProbe, number: 7, time: 3 * time.Second}, true},
 		{"short probe", appendProbe(nil, 7, 3*time.Second)[:12], message{}, false},
 		{"reply", appendReply(nil, 7, 3*time.Second, 99), message{kind: kindReply, number: 7, time: 3 * time.Second, received: 99}, true},
 		{"long reply", append(appendReply(nil, 7, 3*time.Second, 99), 0), message{}, false},

@@ -58,17 +58,18 @@ func TestPace(t *testing.T) {
 		use  usage
 		want time.Duration
 	}{
-		{"idle", usage{}, 5 * time.Second},
+		{"idle", usage{}, 15 * time.Second},
 		{"others in use", usage{inUse: true}, 500 * time.Millisecond},
 		{"in use", usage{inUse: true, linkUsed: true}, 100 * time.Millisecond},
-		{"backup", usage{inUse: true, backup: true}, 5 * time.Second},
+		{"backup", usage{inUse: true, backup: true}, 15 * time.Second},
+		{"much data", usage{inUse: true, linkUsed: true, busy: true}, 20 * time.Millisecond},
 		{"backup in use", usage{inUse: true, backup: true, linkUsed: true}, 100 * time.Millisecond},
 		{"just silent", usage{unfit: true, silence: 300 * time.Millisecond, alarmed: true}, 100 * time.Millisecond},
 		{"another silent", usage{alarmed: true}, 250 * time.Millisecond},
 		{"another silent, in use", usage{alarmed: true, inUse: true, linkUsed: true}, 100 * time.Millisecond},
-		{"another silent, backup", usage{alarmed: true, backup: true}, 5 * time.Second},
+		{"another silent, backup", usage{alarmed: true, backup: true}, 15 * time.Second},
 		{"silent for long", usage{unfit: true, silence: time.Minute, inUse: true}, 500 * time.Millisecond},
-		{"silent for long, idle", usage{unfit: true, silence: time.Minute}, 5 * time.Second},
+		{"silent for long, idle", usage{unfit: true, silence: time.Minute}, 15 * time.Second},
 		{"dead", usage{unfit: true, silence: time.Minute, unanswered: true}, 250 * time.Millisecond},
 	} {
 		if got := timing.pace(c.use); got != c.want {

@@ -25,7 +25,7 @@
 // neither. Integers are big endian.
 //
 //	PACKET       kind and flags (1) · lane (1) · sequence (4) · packet
-//	PROBE        kind (1) · number (4) · sender's time (8)
+//	PROBE        kind (1) · number (4) · sender's time (8) · padding
 //	PROBE_REPLY  kind (1) · number (4) · time of arrival (8) · received (4)
 //
 // PACKET is 0x10 and these flags: 0x01 the class was the operator's or the
@@ -44,6 +44,10 @@
 // say which link is faster in one direction whatever the other direction does.
 // Received is the number of messages, of any kind and modulo 2^32, that came over
 // this link before the PROBE.
+//
+// Some PROBEs are padded to the longest message that the carrier takes: where only
+// these are not answered, the path has come to take less than the carrier knows,
+// and the carrier is closed.
 //
 // Messages of other kinds, and malformed ones, are dropped and counted.
 package bond

@@ -84,6 +84,11 @@ type health struct {
 	number      uint32
 	probes      [64]sentProbe
 
+	// Of the last probe of full size, and how many in a row were not answered.
+	sizeNumber uint32
+	sizeAt     time.Duration
+	sizeLost   int
+
 	rtt, deviation time.Duration // smoothed (RFC 6298)
 	// lowest and lowestBefore are the least round-trip times of this and the last
 	// half minute.
@@ -256,15 +261,45 @@ func (l *Link) sender(lane uint8) *sender {
 	return nil
 }
 
-// probe asks the other end for an answer.
-func (l *Link) probe(now time.Duration) {
+// probe asks the other end for an answer, from time to time in full size.
+func (l *Link) probe(now time.Duration, used bool) {
 	l.mutex.Lock()
 	number := l.health.onProbe(now)
 	l.health.probedBytes = l.sentBytes.Load()
+	padded := used && l.kind == Datagram && now-l.health.sizeAt >= l.bond.timing.ProbeSize
+	tooLong := padded && l.health.onSizeProbe(number, now)
 	l.mutex.Unlock()
-	if s := l.sender(0); s != nil {
-		s.enqueueControl(control{number: number, time: now})
+	s := l.sender(0)
+	if s == nil {
+		return
 	}
+	if tooLong {
+		l.bond.logLink(l, "the path takes shorter messages than before; dialling it anew", "longest", s.carrier.MaxMessage())
+		_ = s.carrier.Close() // its owner removes the link
+		return
+	}
+	s.enqueueControl(control{number: number, time: now, padded: padded})
+}
+
+// sizeTries is how many probes of full size may go unanswered in a row.
+const sizeTries = 4
+
+// onSizeProbe notes that a probe is sent in full size. It says whether so many
+// before it were not answered, on a link that is fit, that none will be.
+func (h *health) onSizeProbe(number uint32, now time.Duration) bool {
+	last := h.probes[h.sizeNumber%uint32(len(h.probes))]
+	switch {
+	case !h.fit || h.sizeNumber == 0:
+		h.sizeLost = 0
+	case last.number != h.sizeNumber:
+		// Too many others followed it to know.
+	case last.open:
+		h.sizeLost++
+	default:
+		h.sizeLost = 0
+	}
+	h.sizeNumber, h.sizeAt = number, now
+	return h.sizeLost >= sizeTries
 }
 
 // noteProbe is called when a probe leaves.

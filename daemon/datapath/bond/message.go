@@ -68,8 +68,8 @@ func decode(m []byte) (message, error) {
 		}
 		return d, nil
 	case kind == kindProbe:
-		if len(m) != probeLength {
-			return message{}, fmt.Errorf("malformed PROBE: %d bytes, want %d", len(m), probeLength)
+		if len(m) < probeLength {
+			return message{}, fmt.Errorf("malformed PROBE: %d bytes, want at least %d", len(m), probeLength)
 		}
 		return message{kind: kind, number: binary.BigEndian.Uint32(m[1:]), time: readTime(m[5:])}, nil
 	case kind == kindReply:

@@ -208,6 +208,7 @@ func (m *meter) sent(length int, now time.Duration) {
 // control is a probe, or a reply to the other end's.
 type control struct {
 	reply    bool
+	padded   bool // to the longest message
 	number   uint32
 	time     time.Duration // of the probe: when it was made or when it arrived
 	received uint32        // of a reply
@@ -433,6 +434,9 @@ func (s *sender) tooLarge(err error, length int) int {
 
 func (s *sender) transmitControl(c control, scratch []byte) error {
 	m := appendProbe(scratch, c.number, c.time)
+	if c.padded {
+		m = append(m, make([]byte, max(0, min(s.carrier.MaxMessage(), MaxMessage)-len(m)))...)
+	}
 	if c.reply {
 		m = appendReply(scratch, c.number, c.time, c.received)
 	} else {

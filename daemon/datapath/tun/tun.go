@@ -203,8 +203,8 @@ func (d *Device) Counters() Counters {
 // ErrGone. It is called once.
 //
 // A flow's packets come by one queue and in order. They are whole IP packets
-// with complete checksums. They may be changed, and are overwritten when receive
-// has returned.
+// with complete checksums, and none is for the link alone. They may be changed,
+// and are overwritten when receive has returned.
 func (d *Device) Run(ctx context.Context, receive func(queue int, packets [][]byte)) error {
 	// A deadline in the past is what ends a blocked read without closing.
 	wake := func() {
@@ -234,8 +234,8 @@ func (d *Device) read(ctx context.Context, q *queue, receive func([][]byte)) err
 		n, err := q.device.Read(buffers, sizes, headroom)
 		packets = packets[:0]
 		for i := range n {
-			if sizes[i] > 0 {
-				packets = append(packets, buffers[i][headroom:headroom+sizes[i]])
+			if p := buffers[i][headroom : headroom+sizes[i]]; len(p) > 0 && !isLinkLocal(p) {
+				packets = append(packets, p)
 			}
 		}
 		if len(packets) > 0 {
@@ -255,6 +255,22 @@ func (d *Device) read(ctx context.Context, q *queue, receive func([][]byte)) err
 			d.receiveDropped.Add(1)
 		}
 	}
+}
+
+// isLinkLocal tells packets that are for the link alone, which ends here: the
+// kernel announces the interface's multicast groups there, for example (MLD, RFC
+// 3810). Nobody forwards them (RFC 4291 section 2.5.6, RFC 3927 section 7, RFC
+// 5771 section 4).
+func isLinkLocal(p []byte) bool {
+	switch {
+	case len(p) >= 20 && p[0]>>4 == 4:
+		return p[12] == 169 && p[13] == 254 || p[16] == 169 && p[17] == 254 || p[16] == 224 && p[17] == 0 && p[18] == 0
+	case len(p) >= 40 && p[0]>>4 == 6:
+		unicast := func(a []byte) bool { return a[0] == 0xfe && a[1]&0xc0 == 0x80 }
+		const linkScope = 2
+		return unicast(p[8:]) || unicast(p[24:]) || p[24] == 0xff && p[25]&0x0f <= linkScope
+	}
+	return false
 }
 
 // gone tells whether an error of the queue came of the device's deletion. The

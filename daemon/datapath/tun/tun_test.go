@@ -565,3 +565,49 @@ func BenchmarkRead(b *testing.B) {
 		})
 	}
 }
+
+func TestIsLinkLocal(t *testing.T) {
+	packet := func(source, destination string) []byte {
+		from, to := netip.MustParseAddr(source), netip.MustParseAddr(destination)
+		if from.Is4() {
+			b := make([]byte, 20)
+			b[0] = 0x45
+			copy(b[12:], from.AsSlice())
+			copy(b[16:], to.AsSlice())
+			return b
+		}
+		b := make([]byte, 40)
+		b[0] = 0x60
+		copy(b[8:], from.AsSlice())
+		copy(b[24:], to.AsSlice())
+		return b
+	}
+	for _, c := range []struct {
+		source, destination string
+		want                bool
+	}{
+		{"10.9.0.1", "198.51.100.20", false},
+		{"10.9.0.1", "224.0.0.22", true}, // IGMP
+		{"10.9.0.1", "224.0.1.1", false}, // NTP, which is routed
+		{"10.9.0.1", "169.254.1.1", true},
+		{"169.254.1.1", "10.9.0.1", true},
+		{"169.253.1.1", "169.255.0.0", false},
+		{"fd09::1", "2001:db8::1", false},
+		{"fe80::1", "ff02::16", true}, // MLD
+		{"::", "ff02::16", true},
+		{"fd09::1", "ff05::2", false}, // site-local multicast
+		{"fd09::1", "ff12::1", true},
+		{"febf::1", "fd09::1", true},
+		{"fd09::1", "fe80::1", true},
+		{"fec0::1", "fd09::1", false},
+	} {
+		if got := isLinkLocal(packet(c.source, c.destination)); got != c.want {
+			t.Errorf("%s > %s: %v, want %v", c.source, c.destination, got, c.want)
+		}
+	}
+	for _, short := range [][]byte{{}, {0x45}, make([]byte, 19), packet("fe80::1", "ff02::1")[:39]} {
+		if isLinkLocal(short) {
+			t.Errorf("%d bytes are no header, and yet for the link", len(short))
+		}
+	}
+}
