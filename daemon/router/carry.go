@@ -1,11 +1,13 @@
 package router
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"io"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
@@ -32,6 +34,7 @@ func (r *Router) carry(ctx context.Context, client *net.TCPConn, destination net
 	}
 	ctx, cancel := context.WithTimeout(ctx, clientPatience)
 	defer cancel()
+	r.packets.bond.Touch() // whether the concentrator still answers is known soon
 	for {
 		session, err := r.pool.Get(ctx)
 		if err == nil {
@@ -63,11 +66,11 @@ func reset(c *net.TCPConn) {
 	_ = c.Close()
 }
 
-// direct relays without the tunnel, out of the first fit uplink over which the
+// direct relays without the tunnel, out of the best fit uplink over which the
 // destination answers.
 func (r *Router) direct(ctx context.Context, client *net.TCPConn, destination netip.AddrPort) {
 	var server *net.TCPConn
-	for _, source := range directSources(r.paths(), destination.Addr()) {
+	for _, source := range directSources(r.paths(), r.packets.ranking(), destination.Addr()) {
 		dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: source.AsSlice()}, Timeout: directDial}
 		c, err := dialer.DialContext(ctx, "tcp", destination.String())
 		if err == nil {
@@ -93,11 +96,17 @@ func (r *Router) direct(ctx context.Context, client *net.TCPConn, destination ne
 	}
 }
 
-// directSources are the addresses to leave from, those of uplinks that are on
-// before those of backups.
-func directSources(ways []tunnel.Path, destination netip.Addr) []netip.Addr {
+// directSources are the addresses to leave from, best first as for packets: by
+// the ranking, then in the settings' order, and those of backups last.
+func directSources(ways []tunnel.Path, ranking []string, destination netip.Addr) []netip.Addr {
+	place := func(way tunnel.Path) int {
+		if i := slices.Index(ranking, way.Name); i >= 0 {
+			return i
+		}
+		return len(ranking)
+	}
 	var on, backup []netip.Addr
-	for _, way := range ways {
+	for _, way := range slices.SortedStableFunc(slices.Values(ways), func(a, b tunnel.Path) int { return cmp.Compare(place(a), place(b)) }) {
 		for _, source := range way.Sources {
 			switch {
 			case source.Is4() != destination.Is4():

@@ -48,7 +48,7 @@ func (r *Router) describePackets(uplinks []webui.UplinkStatus, s settings.Settin
 	for i := range uplinks {
 		p.describeCarrierLocked(&uplinks[i], stats.Links, streamFit)
 	}
-	return status, p.describeForwardsLocked(s.Forwards)
+	return status, p.describeForwardsLocked(s.Forwards, stats.Alive)
 }
 
 func (p *packets) describeCarrierLocked(u *webui.UplinkStatus, links []bond.LinkStats, streamFit bool) {
@@ -77,14 +77,20 @@ func (p *packets) describeCarrierLocked(u *webui.UplinkStatus, links []bond.Link
 	}
 }
 
-func (p *packets) describeForwardsLocked(forwards []settings.Forward) []webui.ForwardStatus {
+// describeForwardsLocked tells what the concentrator has answered, as long as it
+// holds: with the tunnel down nobody gets through.
+func (p *packets) describeForwardsLocked(forwards []settings.Forward, alive bool) []webui.ForwardStatus {
 	list := []webui.ForwardStatus{}
+	pending, answers := "the concentrator has not answered yet", p.answer.Forwards
+	if !alive {
+		pending, answers = "the tunnel is down", nil
+	}
 	for _, f := range forwards {
 		w := webui.ForwardStatus{
 			Name: f.Name, Protocol: f.Protocol, Port: f.Port, To: f.To.String(), Source: string(f.Source),
-			State: "pending", Reason: "the concentrator has not answered yet",
+			State: "pending", Reason: pending,
 		}
-		for _, a := range p.answer.Forwards {
+		for _, a := range answers {
 			if a.Protocol == f.Protocol && a.Port == f.Port {
 				w.State, w.Reason = a.State, a.Reason
 			}

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -50,7 +51,11 @@ const (
 	silentTime = 2 * time.Second
 
 	superviseEvery = 250 * time.Millisecond
-	deviceRetry    = time.Second
+	// failedBefore is how long before the tunnel was last up an uplink must have
+	// been unfit to have failed by itself. When the concentrator is lost all
+	// fall silent, but not at the same moment.
+	failedBefore = 5 * time.Second
+	deviceRetry  = time.Second
 
 	// calmRate is from how many interactive packets a second on bulk TCP gives
 	// way to them.
@@ -70,7 +75,9 @@ type packets struct {
 
 	device   atomic.Pointer[tun.Device]
 	restarts atomic.Uint64 // of the TUN, deleted by others
-	spoofed  atomic.Uint64 // packets from the tunnel that are not for us
+	stopping atomic.Bool
+	// addresses are inner, for those who cannot wait for mu.
+	addresses atomic.Pointer[tunnel.Inner]
 
 	wake chan struct{}
 
@@ -82,9 +89,17 @@ type packets struct {
 	told     []byte // as it was told last, over control
 	answer   answer // what it said to that
 	carriers map[string]*carrier
-	ranked   []string        // uplinks, best first
-	control  tunnel.Messages // the session over which wishes travel, or nil
+	standing map[string]standing // of uplinks
+	lastUp   time.Time           // when the tunnel was up
+	control  tunnel.Messages     // the session over which wishes travel, or nil
 	telling  sync.WaitGroup
+}
+
+// standing is what is remembered of the links over one uplink, when they are gone
+// too.
+type standing struct {
+	rtt time.Duration // the least, lately
+	fit time.Time     // when one was, last
 }
 
 // carrier is the way of one uplink, or with an empty name the sessions over all.
@@ -94,17 +109,23 @@ type carrier struct {
 	link   *bond.Link // nil while there is none
 	reason error      // why there is none
 	unfit  time.Time  // since when; zero while fit
+	silent bool       // the present connection was ended for that
 	reset  func()     // ends the present connection
 }
 
+var errSilent = errors.New("it has fallen silent; being tried again")
+
 func newPackets(log *slog.Logger) *packets {
-	p := &packets{log: log, id: rand.Uint64(), wake: make(chan struct{}, 1), carriers: map[string]*carrier{}}
+	p := &packets{log: log, id: rand.Uint64(), wake: make(chan struct{}, 1), carriers: map[string]*carrier{}, standing: map[string]standing{}}
 	p.bond = bond.New(bond.Config{
-		Log: log, Deliver: p.fromTunnel,
+		Log: log, Deliver: p.fromTunnel, Accept: p.accept,
 		Alive: func(up bool) {
-			if up {
+			switch {
+			case p.stopping.Load():
+				return
+			case up:
 				log.Info("the concentrator answers")
-			} else {
+			default:
 				log.Warn("the concentrator does not answer over any uplink")
 			}
 			p.reach(up)
@@ -116,6 +137,8 @@ func newPackets(log *slog.Logger) *packets {
 
 // run serves until ctx ends.
 func (p *packets) run(ctx context.Context) {
+	stop := context.AfterFunc(ctx, func() { p.stopping.Store(true) })
+	defer stop()
 	var work sync.WaitGroup
 	work.Go(func() { p.bond.Run(ctx) })
 	work.Go(func() { p.keepDevice(ctx) })
@@ -127,11 +150,10 @@ func (p *packets) run(ctx context.Context) {
 
 // keepDevice holds the TUN, and makes it again when somebody deletes it.
 func (p *packets) keepDevice(ctx context.Context) {
-	var failure string
-	for ctx.Err() == nil {
+	var logged time.Time
+	for failures := 1; ctx.Err() == nil; failures++ {
 		device, err := tun.Open(desired.TunnelName, tunQueues)
 		if err == nil {
-			failure = ""
 			p.device.Store(device)
 			p.changed()
 			err = device.Run(ctx, p.fromLAN)
@@ -143,9 +165,10 @@ func (p *packets) keepDevice(ctx context.Context) {
 			p.restarts.Add(1)
 			p.changed()
 		}
-		if err != nil && err.Error() != failure {
-			failure = err.Error()
-			p.log.Warn("the tunnel's network interface is gone; making it again", "interface", desired.TunnelName, "error", err)
+		if err != nil && time.Since(logged) >= time.Minute {
+			logged = time.Now()
+			p.log.Warn("the tunnel's network interface is gone; making it again",
+				"interface", desired.TunnelName, "error", err, "times", failures)
 		}
 		if errors.Is(err, tun.ErrGone) {
 			continue
@@ -160,25 +183,15 @@ func (p *packets) fromLAN(_ int, list [][]byte) {
 	}
 }
 
-// fromTunnel passes on what is addressed to this router, and nothing else: what
+// accept lets through what is addressed to this router, and nothing else: what
 // the concentrator sends must not reach other networks that the router is in.
+func (p *packets) accept(h bond.Header) bool {
+	inner := p.addresses.Load()
+	return inner != nil && (h.Destination == inner.Address4 || h.Destination == inner.Address6)
+}
+
 func (p *packets) fromTunnel(list [][]byte) {
-	device := p.device.Load()
-	if device == nil {
-		return
-	}
-	p.mu.Lock()
-	inner := p.inner
-	p.mu.Unlock()
-	list = slices.DeleteFunc(list, func(packet []byte) bool {
-		h, err := bond.Parse(packet)
-		foreign := err != nil || h.Destination != inner.Address4 && h.Destination != inner.Address6
-		if foreign {
-			p.spoofed.Add(1)
-		}
-		return foreign
-	})
-	if len(list) > 0 {
+	if device := p.device.Load(); device != nil {
 		_ = device.Write(list) // the interface is down or gone: keepDevice sees to it
 	}
 }
@@ -212,6 +225,7 @@ func (p *packets) keepCarriers(ctx context.Context, work *sync.WaitGroup) {
 	defer tick.Stop()
 	var peer *tunnel.Peer
 	for {
+		p.observe(time.Now())
 		p.mu.Lock()
 		if !samePeer(p.peer, peer) {
 			peer = p.peer
@@ -293,6 +307,7 @@ func (p *packets) superviseLocked(now time.Time) {
 			c.unfit = now
 		case now.Sub(c.unfit) > silentTime:
 			c.unfit = time.Time{}
+			c.silent = true
 			c.reset()
 		}
 	}
@@ -313,6 +328,9 @@ func (p *packets) keep(ctx context.Context, peer *tunnel.Peer, c *carrier) {
 			wait = carrierRetryMin
 		}
 		p.mu.Lock()
+		if c.silent {
+			err, c.silent = errSilent, false
+		}
 		c.reason = err
 		p.mu.Unlock()
 		switch {
@@ -381,6 +399,7 @@ func (p *packets) serve(ctx context.Context, c *carrier, kind bond.LinkKind, inn
 	c.link, c.reason, c.reset = link, nil, closeAll
 	learnt := p.inner != inner
 	p.inner = inner
+	p.addresses.Store(&inner)
 	if kind == bond.Stream {
 		p.control, p.told = list[0], nil
 		p.tellLocked()
@@ -394,7 +413,8 @@ func (p *packets) serve(ctx context.Context, c *carrier, kind bond.LinkKind, inn
 		p.mu.Lock()
 		c.link = nil
 		if kind == bond.Stream {
-			p.control = nil
+			// The next may end at another start of the concentrator.
+			p.control, p.answer = nil, answer{}
 		}
 		p.mu.Unlock()
 		p.kick()
@@ -516,21 +536,49 @@ func (p *packets) state() desired.Tunnel {
 	return t
 }
 
-// ranking orders the uplinks by their round-trip time, as far as it is known.
-func (p *packets) ranking() []string {
-	links := p.bond.Stats().Links
-	links = slices.DeleteFunc(links, func(l bond.LinkStats) bool { return l.Name == "" || l.MinRTT == 0 })
-	slices.SortStableFunc(links, func(a, b bond.LinkStats) int { return cmp.Compare(a.MinRTT, b.MinRTT) })
+// observe remembers how the uplinks' links are doing.
+func (p *packets) observe(now time.Time) {
+	stats := p.bond.Stats()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	names := make([]string, len(links))
-	for i, l := range links {
-		names[i] = l.Name
+	if stats.Alive {
+		p.lastUp = now
 	}
-	if len(names) > 0 {
-		p.ranked = names
+	for _, l := range stats.Links {
+		if l.Name == "" || l.MinRTT == 0 {
+			continue
+		}
+		known := p.standing[l.Name]
+		known.rtt = l.MinRTT
+		if l.Fit {
+			known.fit = now
+		}
+		p.standing[l.Name] = known
 	}
-	return p.ranked // while the tunnel is down: as it was
+	maps.DeleteFunc(p.standing, func(name string, _ standing) bool {
+		return !slices.ContainsFunc(p.paths, func(path tunnel.Path) bool { return path.Name == name })
+	})
+}
+
+// ranking names the uplinks, best first, as far as they are known.
+func (p *packets) ranking() []string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return rank(p.standing, p.lastUp)
+}
+
+// rank orders uplinks by their round-trip time, after those that worked the ones
+// that had failed before the tunnel was last up.
+func rank(known map[string]standing, lastUp time.Time) []string {
+	failed := func(name string) int {
+		if lastUp.Sub(known[name].fit) > failedBefore {
+			return 1
+		}
+		return 0
+	}
+	return slices.SortedFunc(maps.Keys(known), func(a, b string) int {
+		return cmp.Or(failed(a)-failed(b), cmp.Compare(known[a].rtt, known[b].rtt), cmp.Compare(a, b))
+	})
 }
 
 func sleep(ctx context.Context, d time.Duration) {

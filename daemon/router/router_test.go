@@ -145,11 +145,42 @@ func TestPathsAndDirectSources(t *testing.T) {
 	if got := fmt.Sprint(ways); got != "[{a [10.1.0.2] true} {b [10.2.0.2 2001:db8:2::2] false}]" {
 		t.Errorf("paths %s", got)
 	}
-	if got := fmt.Sprint(directSources(ways, netip.MustParseAddr("192.0.2.1"))); got != "[10.2.0.2 10.1.0.2]" {
-		t.Errorf("IPv4 leaves from %s", got)
+	ways = append(ways, tunnel.Path{Name: "c", Sources: []netip.Addr{netip.MustParseAddr("10.3.0.2")}})
+	for _, c := range []struct {
+		ranking           []string
+		destination, want string
+	}{
+		{nil, "192.0.2.1", "[10.2.0.2 10.3.0.2 10.1.0.2]"},
+		{[]string{"c"}, "192.0.2.1", "[10.3.0.2 10.2.0.2 10.1.0.2]"},
+		{[]string{"a", "c", "b"}, "192.0.2.1", "[10.3.0.2 10.2.0.2 10.1.0.2]"}, // a backup, however near
+		{[]string{"c", "b"}, "2001:db8::1", "[2001:db8:2::2]"},
+	} {
+		if got := fmt.Sprint(directSources(ways, c.ranking, netip.MustParseAddr(c.destination))); got != c.want {
+			t.Errorf("ranking %v: %s is reached from %s, want %s", c.ranking, c.destination, got, c.want)
+		}
 	}
-	if got := fmt.Sprint(directSources(ways, netip.MustParseAddr("2001:db8::1"))); got != "[2001:db8:2::2]" {
-		t.Errorf("IPv6 leaves from %s", got)
+}
+
+func TestRank(t *testing.T) {
+	lost := time.Now() // the tunnel was last up then
+	ago := func(d time.Duration, rtt int) standing {
+		return standing{time.Duration(rtt) * time.Millisecond, lost.Add(-d)}
+	}
+	for _, c := range []struct {
+		name  string
+		known map[string]standing
+		want  string
+	}{
+		{"nothing is known", nil, "[]"},
+		{"by round-trip time", map[string]standing{"a": ago(0, 40), "b": ago(0, 20), "c": ago(0, 30)}, "[b c a]"},
+		{"all fell silent, one after the other", map[string]standing{"a": ago(2*time.Second, 20), "b": ago(0, 40)}, "[a b]"},
+		{"one had failed before", map[string]standing{"a": ago(time.Minute, 20), "b": ago(0, 40)}, "[b a]"},
+		{"one never worked", map[string]standing{"a": {rtt: 1}, "b": ago(0, 40)}, "[b a]"},
+		{"equals keep an order", map[string]standing{"b": ago(0, 20), "a": ago(0, 20)}, "[a b]"},
+	} {
+		if got := fmt.Sprint(rank(c.known, lost)); got != c.want {
+			t.Errorf("%s: %s, want %s", c.name, got, c.want)
+		}
 	}
 }
 

@@ -7,6 +7,7 @@
 //
 //	[]desired.Change ─▶ Apply ─┬▶ routing.go    rules and routes, by rtnetlink
 //	                           ├▶ table.go      our nftables table, by nf_tables
+//	                           │   └▶ flows.go  tracked flows that it leads elsewhere, by nf_conntrack
 //	                           ├▶ device.go     the TUN: MTU, up, addresses
 //	                           ├▶ endpoint.go   endpoints and limits, by mptcp_pm
 //	                           └▶ sysctl.go     /proc/sys/net
@@ -37,7 +38,7 @@ import (
 type Kernel struct {
 	scope     scope
 	namespace *os.File        // nf_tables opens a socket there for every request
-	routing   *netlink.Handle // rtnetlink
+	routing   *netlink.Handle // rtnetlink, and nf_conntrack by nfnetlink
 	mptcp     *genetlink.Conn // nil when there is no upstream MPTCP
 	family    genetlink.Family
 	sysctls   map[string]*os.Root // by name below sysctlDirectory; without those that the kernel lacks
@@ -46,6 +47,10 @@ type Kernel struct {
 	// that are about to be changed, so that they can be put back later. When it
 	// fails, they are not changed.
 	Before func(values map[string]string) error
+
+	// translates says whether our table may have translated UDP ports until now;
+	// of a table that was there before us it may be so. Guarded by mu.
+	translates bool
 
 	changed chan struct{}
 	closed  chan struct{}
@@ -76,7 +81,7 @@ func NewConcentrator() (*Kernel, error) {
 }
 
 func newKernel(scope scope) (_ *Kernel, err error) {
-	k := &Kernel{scope: scope, changed: make(chan struct{}, 1), closed: make(chan struct{})}
+	k := &Kernel{scope: scope, translates: true, changed: make(chan struct{}, 1), closed: make(chan struct{})}
 	defer func() {
 		if err != nil {
 			_ = k.Close()
@@ -85,8 +90,8 @@ func newKernel(scope scope) (_ *Kernel, err error) {
 	if k.namespace, err = os.Open("/proc/thread-self/ns/net"); err != nil {
 		return nil, fmt.Errorf("open the network namespace: %w", err)
 	}
-	if k.routing, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
-		return nil, fmt.Errorf("open rtnetlink: %w", err)
+	if k.routing, err = netlink.NewHandle(unix.NETLINK_ROUTE, unix.NETLINK_NETFILTER); err != nil {
+		return nil, fmt.Errorf("open rtnetlink and nfnetlink: %w", err)
 	}
 	if err = k.openMPTCP(); err != nil {
 		return nil, err
@@ -184,7 +189,10 @@ func (k *Kernel) apply(change desired.Change) error {
 	case desired.DeleteRoute:
 		return k.deleteRoute(c.Route)
 	case desired.ReplaceTable:
-		return k.replaceTable(c.Table)
+		if err := k.replaceTable(c.Table); err != nil {
+			return err
+		}
+		return k.forgetFlows(c.Table)
 	case desired.DeleteTable:
 		return k.deleteTable(c.Name)
 	case desired.SetMTU:

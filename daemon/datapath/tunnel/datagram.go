@@ -464,6 +464,13 @@ type rarely struct {
 	missed int
 }
 
+// again lets the next complaint be logged at once.
+func (r *rarely) again() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.next, r.missed = time.Time{}, 0
+}
+
 func (r *rarely) warn(message string, args ...any) {
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -67,8 +67,9 @@ var ErrDown = errors.New("the tunnel is down")
 //
 //	SetPeer, SetPaths ─▶ maintain (rank, wanted) ─▶ dial ─▶ idle ─▶ Get ─▶ Relay ─▶ Put ─▶ idle
 type Pool struct {
-	log  *slog.Logger
-	kick chan struct{}
+	log        *slog.Logger
+	dialFailed *rarely
+	kick       chan struct{}
 
 	mu       sync.Mutex
 	peer     *Peer
@@ -115,7 +116,7 @@ type trouble struct {
 // NewPool returns a pool that dials nothing until it has a peer and a path.
 func NewPool(log *slog.Logger) *Pool {
 	return &Pool{
-		log: log, kick: make(chan struct{}, 1),
+		log: log, dialFailed: &rarely{log: log}, kick: make(chan struct{}, 1),
 		trouble: map[string]*trouble{}, rtt: map[netip.Addr]time.Duration{}, sessions: map[*Session]*pooled{},
 		checking: map[*pooled]bool{}, calm: newCalm(log),
 	}
@@ -183,6 +184,9 @@ func (p *Pool) SetReachable(reachable bool) {
 		p.releaseWaiting()
 	case was:
 		p.restored = time.Now().UnixNano()
+		for _, t := range p.trouble { // what was tried in vain is tried again now
+			t.failures, t.until = 0, time.Time{}
+		}
 		suspects, p.idle = p.idle, nil
 		for _, s := range suspects {
 			p.checking[s] = true
@@ -375,7 +379,7 @@ func (p *Pool) why() error {
 		return fmt.Errorf("%w: not enrolled with a concentrator; run `sheafctl join TOKEN`", ErrDown)
 	case len(p.paths) == 0:
 		return fmt.Errorf("%w: no uplink is fit", ErrDown)
-	case p.cut:
+	case p.cut && !errors.As(p.lastErr, new(*RefusedError)):
 		return fmt.Errorf("%w: the concentrator does not answer", ErrDown)
 	case p.lastErr != nil:
 		return fmt.Errorf("%w: %w", ErrDown, p.lastErr)
@@ -647,7 +651,7 @@ func (p *Pool) failed(path string, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.lastErr == nil || p.lastErr.Error() != err.Error() {
-		p.log.Warn("dialling the concentrator failed", "uplink", path, "error", err)
+		p.dialFailed.warn("dialling the concentrator failed", "uplink", path, "error", err)
 	}
 	p.lastErr = err
 	p.note(path, err)
