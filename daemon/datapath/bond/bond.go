@@ -24,6 +24,10 @@ const (
 	deliverBatch   = 128
 	// maxLogged bounds the different lines about links of one minute.
 	maxLogged = 64
+	// stall is how long a link may stop while others go on: a virtual machine that
+	// is not run, a radio that changes cells. A flow takes what comes after it for
+	// lost otherwise, and slows down.
+	stall = 40 * time.Millisecond
 	// MaxHeadroom is the largest Config.Headroom, bytes.
 	MaxHeadroom = maxHeadroom
 )
@@ -498,6 +502,7 @@ func (b *Bond) order(from *Link, packet *buffer, now time.Duration) {
 			r.undelivered = append(r.undelivered, packet)
 		}
 	} else {
+		ln.spread = r.spread
 		r.undelivered, o = ln.order(r.undelivered, packet, from, now, b.timing)
 	}
 	switch {
@@ -548,7 +553,13 @@ func (b *Bond) noteWaited(waited, now time.Duration) {
 
 func (b *Bond) setHold() {
 	r := &b.receiving
-	r.hold = min(max(r.spread, r.waited+r.waited/4, b.timing.MinHold), b.timing.MaxHold)
+	hold := r.waited + r.waited/4
+	if r.spread > 0 {
+		// What is lost is mostly known sooner, by what follows on the same link.
+		// This is for links of which one stops for a moment.
+		hold = max(hold, r.spread+stall)
+	}
+	r.hold = min(max(hold, b.timing.MinHold), b.timing.MaxHold)
 }
 
 // deliver tells deliverAll that there is more than count. The caller holds

@@ -71,6 +71,7 @@ type lane struct {
 	ring     []*buffer // packets after it, by sequence
 	held     list      // the same, by arrival
 	sources  []source
+	spread   time.Duration // how far the delays of the links are apart
 	// Sequences from expiredFrom up to expiredTo were given up lately, the last at
 	// expiredAt, because the hold was over. One of them that comes after all says
 	// that holds are too short.
@@ -207,10 +208,11 @@ func (l *lane) advance(out []*buffer) []*buffer {
 	return out
 }
 
-// skipLost gives up sequences that are known lost: links keep order, and every
-// link that delivered to the lane lately has delivered a later one.
+// skipLost gives up sequences that are known lost: links keep order, every link
+// that delivered to the lane lately has delivered a later one, and one that is
+// used only now would have by this time.
 func (l *lane) skipLost(out []*buffer, now time.Duration, t Timing) []*buffer {
-	if l.held.count == 0 {
+	if l.held.count == 0 || now-l.held.first.at < l.spread {
 		return out
 	}
 	lowest := l.expected + maxHeld
@@ -219,7 +221,7 @@ func (l *lane) skipLost(out []*buffer, now time.Duration, t Timing) []*buffer {
 			lowest = s.highest
 		}
 	}
-	for l.held.count > 0 && int32(lowest-l.expected) > 0 {
+	for l.held.count > 0 && int32(lowest-l.expected) > 0 && now-l.held.first.at >= l.spread {
 		l.expected++
 		out = l.advance(out)
 	}

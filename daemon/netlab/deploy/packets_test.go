@@ -967,3 +967,36 @@ func TestPacketsPassUplinksOfMTU1280(t *testing.T) {
 		w.need(u.SetMTU(1500))
 	}
 }
+
+// The path of an uplink comes to take less while it carries packets: nobody says
+// so, its long messages are lost until the carrier is dialled anew.
+func TestPacketsPassWhenAnUplinksMTUFalls(t *testing.T) {
+	w := up(t)
+	w.untilPackets(w.Deployment)
+	const port, size = 7641, 1380 - 28
+	w.serveUDP(w.Lab.Server, netlab.ServerAddress, port)
+	// So many in a row are answered only when none takes a way that loses them.
+	pass := func(what string, patience time.Duration) {
+		t.Helper()
+		const want = 50
+		begin := time.Now()
+		for answered := 0; answered < want; {
+			if time.Since(begin) > patience {
+				t.Fatalf("%s: not %d packets of full size in a row were answered within %v", what, want, patience)
+			}
+			if err := ask(w.Lab.LAN, netlab.ServerAddress, port, size, 1); err != nil {
+				answered = 0
+			} else {
+				answered++
+			}
+		}
+		t.Logf("%s: passed after %v", what, time.Since(begin).Round(10*time.Millisecond))
+	}
+	// By then path MTU discovery has found what the uplinks take.
+	for begin := time.Now(); time.Since(begin) < 3*time.Second; {
+		pass("before", 20*time.Second)
+	}
+	w.need(w.Lab.Uplinks[0].SetMTU(1280))
+	pass("after the fall", 30*time.Second)
+	w.need(w.Lab.Uplinks[0].SetMTU(1500))
+}
