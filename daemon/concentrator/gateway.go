@@ -67,7 +67,7 @@ func (g *gateway) want() (desired.State, error) {
 		ConnectRouters: g.config.ConnectRouters, UDPForwards: g.packets.udpForwards(),
 		HadForwarding4: g.hadForwarding[0], HadForwarding6: g.hadForwarding[1],
 	}
-	if d := g.packets.device.Load(); d != nil {
+	if d := g.packets.device.Device(); d != nil {
 		c.Device = desired.Interface{Index: d.Index(), Name: d.Name()}
 	}
 	return desired.CompileConcentrator(c), nil

@@ -3,7 +3,6 @@ package concentrator
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -26,16 +25,11 @@ import (
 //	router ◀─ carriers ◀─ Bond.Send ◀─ fromInternet (by inner address) ◀─ TUN ◀─ kernel ◀───────────────────┘
 
 const (
-	tunQueues   = 2
-	deviceRetry = time.Second
+	tunQueues = 2
 	// forgetAfter is how long a router without a carrier keeps its bond and its
 	// forwards: it may only be changing uplinks.
 	forgetAfter = 60 * time.Second
-
-	// calmRate is from how many interactive packets a second on a router's bulk
-	// TCP gives way to them, calmTime how long it still does after the last.
-	calmRate = 10
-	calmTime = 5 * time.Second
+	timeEvery   = 250 * time.Millisecond
 )
 
 // packets is the packet half of the data path. It is a tunnel.PacketsHandler.
@@ -48,7 +42,7 @@ type packets struct {
 	changed  func()         // what is wanted of the kernel has changed
 	mutual   []netip.Prefix // what routers may reach of one another
 
-	device   atomic.Pointer[tun.Device]
+	device   tun.Kept
 	unrouted atomic.Uint64 // packets for routers that are not there
 
 	ctx     context.Context // of run
@@ -83,10 +77,7 @@ type member struct {
 	active   []wishedForward
 	left     time.Time // when the last carrier went
 
-	// Of keepTime alone.
-	interactive uint64
-	calmUntil   time.Time
-	isCalm      bool
+	isCalm bool // of keepTime alone
 }
 
 func newPackets(log *slog.Logger, store *Store, policy egress.Policy, forwards egress.ForwardPolicy, open openInbound) *packets {
@@ -94,6 +85,7 @@ func newPackets(log *slog.Logger, store *Store, policy egress.Policy, forwards e
 		log: log, store: store, checker: egress.NewChecker(policy),
 		members: map[tunnel.PublicKey]*member{}, byAddress: map[netip.Addr]*member{},
 	}
+	p.device = tun.Kept{Name: desired.ConcentratorTunnelName, Queues: tunQueues, Receive: p.fromInternet, Changed: func() { p.changed() }, Log: log}
 	p.forwards = egress.NewForwards(forwards, func(ctx context.Context, router string, port uint16, client *net.TCPConn) {
 		if err := open(ctx, tunnel.PublicKey([]byte(router)), port, client); err != nil {
 			log.Debug("inbound connection ended early", "client", client.RemoteAddr(), "port", port, "error", err)
@@ -107,7 +99,7 @@ func (p *packets) run(ctx context.Context) {
 	p.mu.Lock()
 	p.ctx = ctx
 	p.mu.Unlock()
-	p.working.Go(func() { p.keepDevice(ctx) })
+	p.working.Go(func() { p.device.Run(ctx) })
 	p.working.Go(func() { p.keepTime(ctx) })
 	<-ctx.Done()
 	p.mu.Lock()
@@ -115,37 +107,6 @@ func (p *packets) run(ctx context.Context) {
 	p.mu.Unlock()
 	p.forwards.Close()
 	p.working.Wait()
-}
-
-// keepDevice holds the TUN, and makes it again when somebody deletes it.
-func (p *packets) keepDevice(ctx context.Context) {
-	var logged time.Time
-	for failures := 1; ctx.Err() == nil; failures++ {
-		device, err := tun.Open(desired.ConcentratorTunnelName, tunQueues)
-		if err == nil {
-			p.device.Store(device)
-			p.changed()
-			err = device.Run(ctx, p.fromInternet)
-			p.device.Store(nil)
-			_ = device.Close()
-			if ctx.Err() != nil {
-				return
-			}
-			p.changed()
-		}
-		if err != nil && time.Since(logged) >= time.Minute {
-			logged = time.Now()
-			p.log.Warn("the network interface for routers' packets is gone; making it again",
-				"interface", desired.ConcentratorTunnelName, "error", err, "times", failures)
-		}
-		if errors.Is(err, tun.ErrGone) {
-			continue
-		}
-		select {
-		case <-ctx.Done():
-		case <-time.After(deviceRetry):
-		}
-	}
 }
 
 // fromInternet gives packets to the routers they are addressed to.
@@ -229,7 +190,7 @@ func (p *packets) enter(key tunnel.PublicKey, name string, id uint64, inner tunn
 	if mb == nil {
 		mb = &member{key: key, name: name, id: id, inner: inner, links: map[*bond.Link]string{}}
 		mb.bond = bond.New(bond.Config{
-			Deliver: p.toInternet, Follow: true, Log: p.log.With("router", name),
+			Deliver: p.device.Write, Follow: true, Log: p.log.With("router", name),
 			Accept: func(h bond.Header) bool { return p.accept(mb, h) },
 		})
 		ctx, cancel := context.WithCancel(p.ctx)
@@ -331,16 +292,10 @@ func (p *packets) accept(mb *member, h bond.Header) bool {
 	return true
 }
 
-func (p *packets) toInternet(list [][]byte) {
-	if device := p.device.Load(); device != nil {
-		_ = device.Write(list) // the interface is down or gone: keepDevice sees to it
-	}
-}
-
 // keepTime forgets routers that are gone, and asks bulk transfers to give way
 // where interactive packets flow.
 func (p *packets) keepTime(ctx context.Context) {
-	tick := time.NewTicker(time.Second)
+	tick := time.NewTicker(timeEvery)
 	defer tick.Stop()
 	for {
 		select {
@@ -357,12 +312,7 @@ func (p *packets) keepTime(ctx context.Context) {
 				gone = append(gone, key)
 				continue
 			}
-			sent := mb.bond.InteractiveSent()
-			if sent-mb.interactive >= calmRate {
-				mb.calmUntil = now.Add(calmTime)
-			}
-			mb.interactive = sent
-			if calm := now.Before(mb.calmUntil); calm != mb.isCalm {
+			if calm := mb.bond.Interactive(); calm != mb.isCalm {
 				mb.isCalm = calm
 				p.calm(key, calm)
 			}

@@ -17,7 +17,7 @@ func (r *Router) describePackets(uplinks []webui.UplinkStatus, s settings.Settin
 	stats := p.bond.Stats()
 	status := webui.PacketStatus{
 		State: "down", MTU: desired.TunnelMTU, RxPackets: stats.Delivered.Packets,
-		Duplicates: stats.Duplicates, Reordered: stats.Reordered, Drops: stats.Drops, TUNRestarts: p.restarts.Load(),
+		Duplicates: stats.Duplicates, Reordered: stats.Reordered, Drops: stats.Drops, TUNRestarts: p.device.Restarts(),
 	}
 	if stats.Alive {
 		status.State = "up"
@@ -28,7 +28,7 @@ func (r *Router) describePackets(uplinks []webui.UplinkStatus, s settings.Settin
 	// Here what is refused is what was not addressed to this router.
 	status.Drops["spoofed"] = stats.Drops["refused"]
 	delete(status.Drops, "refused")
-	if device := p.device.Load(); device != nil {
+	if device := p.device.Device(); device != nil {
 		c := device.Counters()
 		status.Drops["device"] = c.ReceiveDropped + c.WriteDropped
 	}

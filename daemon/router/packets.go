@@ -24,8 +24,8 @@ import (
 
 // The path of a LAN packet that is not TCP, and of the answer to it:
 //
-//	rule iif lan0 ─▶ masquerade ─▶ TUN ─▶ device.Run ─▶ Bond.Send ─▶ carriers of the uplinks
-//	LAN ◀─ kernel ◀─ TUN ◀─ device.Write ◀─ fromTunnel ◀─ Bond.Receive ◀─ carriers
+//	rule iif lan0 ─▶ masquerade ─▶ TUN ─▶ fromLAN ─▶ Bond.Send ─▶ carriers of the uplinks
+//	LAN ◀─ kernel ◀─ TUN ◀─ device.Write ◀─ accept ◀─ Bond.Receive ◀─ carriers
 //
 // Carriers come and go by themselves: one QUIC connection for every uplink that
 // lets UDP through, and a few MPTCP sessions over all of them.
@@ -55,13 +55,7 @@ const (
 	// been unfit to have failed by itself. When the concentrator is lost all
 	// fall silent, but not at the same moment.
 	failedBefore = 5 * time.Second
-	deviceRetry  = time.Second
-
-	// calmRate is from how many interactive packets a second on bulk TCP gives
-	// way to them.
-	calmRate = 10
-	// calmTime is how long it still does after the last of them.
-	calmTime = 5 * time.Second
+	calmEvery    = 250 * time.Millisecond
 )
 
 // packets is the packet half of the data path.
@@ -73,8 +67,7 @@ type packets struct {
 	reach   func(up bool) // the concentrator does or does not answer
 	calm    func(bool)    // interactive packets are under way
 
-	device   atomic.Pointer[tun.Device]
-	restarts atomic.Uint64 // of the TUN, deleted by others
+	device   tun.Kept
 	stopping atomic.Bool
 	// addresses are inner, for those who cannot wait for mu.
 	addresses atomic.Pointer[tunnel.Inner]
@@ -117,8 +110,9 @@ var errSilent = errors.New("it has fallen silent; being tried again")
 
 func newPackets(log *slog.Logger) *packets {
 	p := &packets{log: log, id: rand.Uint64(), wake: make(chan struct{}, 1), carriers: map[string]*carrier{}, standing: map[string]standing{}}
+	p.device = tun.Kept{Name: desired.TunnelName, Queues: tunQueues, Receive: p.fromLAN, Changed: func() { p.changed() }, Log: log}
 	p.bond = bond.New(bond.Config{
-		Log: log, Deliver: p.fromTunnel, Accept: p.accept,
+		Log: log, Deliver: p.device.Write, Accept: p.accept,
 		Alive: func(up bool) {
 			switch {
 			case p.stopping.Load():
@@ -141,40 +135,11 @@ func (p *packets) run(ctx context.Context) {
 	defer stop()
 	var work sync.WaitGroup
 	work.Go(func() { p.bond.Run(ctx) })
-	work.Go(func() { p.keepDevice(ctx) })
+	work.Go(func() { p.device.Run(ctx) })
 	work.Go(func() { p.keepCarriers(ctx, &work) })
 	work.Go(func() { p.keepCalm(ctx) })
 	work.Wait()
 	p.telling.Wait()
-}
-
-// keepDevice holds the TUN, and makes it again when somebody deletes it.
-func (p *packets) keepDevice(ctx context.Context) {
-	var logged time.Time
-	for failures := 1; ctx.Err() == nil; failures++ {
-		device, err := tun.Open(desired.TunnelName, tunQueues)
-		if err == nil {
-			p.device.Store(device)
-			p.changed()
-			err = device.Run(ctx, p.fromLAN)
-			p.device.Store(nil)
-			_ = device.Close()
-			if ctx.Err() != nil {
-				return
-			}
-			p.restarts.Add(1)
-			p.changed()
-		}
-		if err != nil && time.Since(logged) >= time.Minute {
-			logged = time.Now()
-			p.log.Warn("the tunnel's network interface is gone; making it again",
-				"interface", desired.TunnelName, "error", err, "times", failures)
-		}
-		if errors.Is(err, tun.ErrGone) {
-			continue
-		}
-		sleep(ctx, deviceRetry)
-	}
 }
 
 func (p *packets) fromLAN(_ int, list [][]byte) {
@@ -188,12 +153,6 @@ func (p *packets) fromLAN(_ int, list [][]byte) {
 func (p *packets) accept(h bond.Header) bool {
 	inner := p.addresses.Load()
 	return inner != nil && (h.Destination == inner.Address4 || h.Destination == inner.Address6)
-}
-
-func (p *packets) fromTunnel(list [][]byte) {
-	if device := p.device.Load(); device != nil {
-		_ = device.Write(list) // the interface is down or gone: keepDevice sees to it
-	}
 }
 
 // setPeer sets whom to dial, setPaths from where.
@@ -439,25 +398,14 @@ func (p *packets) serve(ctx context.Context, c *carrier, kind bond.LinkKind, inn
 
 // keepCalm asks bulk transfers to give way while interactive packets flow.
 func (p *packets) keepCalm(ctx context.Context) {
-	tick := time.NewTicker(time.Second)
+	tick := time.NewTicker(calmEvery)
 	defer tick.Stop()
-	var last uint64
-	var until time.Time
-	calm := false
 	for {
+		p.calm(p.bond.Interactive())
 		select {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
-		}
-		sent := p.bond.InteractiveSent()
-		if sent-last >= calmRate {
-			until = time.Now().Add(calmTime)
-		}
-		last = sent
-		if now := time.Now().Before(until); now != calm {
-			calm = now
-			p.calm(calm)
 		}
 	}
 }
@@ -525,7 +473,7 @@ func (p *packets) answered(text []byte) {
 // state is what the control path must know.
 func (p *packets) state() desired.Tunnel {
 	t := desired.Tunnel{Ranking: p.ranking()}
-	if device := p.device.Load(); device != nil {
+	if device := p.device.Device(); device != nil {
 		t.Device = desired.Interface{Index: device.Index(), Name: device.Name()}
 	}
 	p.mu.Lock()

@@ -28,6 +28,10 @@ const (
 	// is not run, a radio that changes cells. A flow takes what comes after it for
 	// lost otherwise, and slows down.
 	stall = 40 * time.Millisecond
+	// Interactive packets make a flow from presentRate a second on, and until
+	// presentTime after.
+	presentRate = 10
+	presentTime = 5 * time.Second
 	// MaxHeadroom is the largest Config.Headroom, bytes.
 	MaxHeadroom = maxHeadroom
 )
@@ -98,6 +102,8 @@ type Bond struct {
 	sequences [2 * lanes]uint32
 	views     []view
 	chosen    []*sender
+	second    time.Duration // since when interactive packets are counted
+	inSecond  int
 	moving    map[*sender]*list // what resend is about to give to senders
 
 	receiving receiving
@@ -108,6 +114,7 @@ type Bond struct {
 	drops                           [dropReasons]atomic.Uint64
 	duplicates, reordered           atomic.Uint64
 	sentPackets, sentBytes          [2]atomic.Uint64 // by class
+	interactiveUntil                atomic.Int64     // time.Duration: see Interactive
 	deliveredPackets, deliveredByte atomic.Uint64
 	dropsLogged                     [dropReasons]uint64 // of tick
 	dropsLoggedAt                   time.Duration       // of tick
@@ -342,6 +349,9 @@ func (b *Bond) Send(packet []byte) {
 	b.sequences[lane]++
 	b.sentPackets[class].Add(1)
 	b.sentBytes[class].Add(uint64(len(packet)))
+	if class == Interactive {
+		b.countInteractive(now)
+	}
 	for _, s := range [2]*sender{first, second} {
 		if s == nil {
 			continue
@@ -353,6 +363,20 @@ func (b *Bond) Send(packet []byte) {
 		b.queue(s, one, now, false)
 	}
 }
+
+// countInteractive is called with sending held.
+func (b *Bond) countInteractive(now time.Duration) {
+	if now-b.second >= time.Second {
+		b.second, b.inSecond = now, 0
+	}
+	if b.inSecond++; b.inSecond >= presentRate {
+		b.interactiveUntil.Store(int64(now + presentTime))
+	}
+}
+
+// Interactive says whether a flow of interactive packets goes out: a call, a game,
+// and not only a query now and then.
+func (b *Bond) Interactive() bool { return int64(b.now()) < b.interactiveUntil.Load() }
 
 // queue hands packets to a sender.
 func (b *Bond) queue(s *sender, packets list, now time.Duration, first bool) {
@@ -763,9 +787,6 @@ func (b *Bond) logDrops(now time.Duration) {
 
 // ClassStats counts the packets that were given to links, each once.
 type ClassStats struct{ Packets, Bytes uint64 }
-
-// InteractiveSent is the number of interactive packets that were given to links.
-func (b *Bond) InteractiveSent() uint64 { return b.sentPackets[Interactive].Load() }
 
 // Stats is what a Bond did since it was made.
 type Stats struct {

@@ -26,7 +26,7 @@ type way struct {
 	delay   time.Duration
 	rate    float64 // bytes per second
 	max     atomic.Int64
-	path    atomic.Int64 // longer messages are lost; 0 for none
+	path    atomic.Int64  // longer messages are lost; 0 for none
 	loss    atomic.Uint64 // per mille
 	jitter  time.Duration // also reorders
 	hole    atomic.Bool   // takes everything, delivers nothing

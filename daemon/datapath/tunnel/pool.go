@@ -712,6 +712,7 @@ func (p *Pool) add(s *Session, path string, peer *Peer, begun time.Time) {
 		p.log.Info("reached the concentrator", "uplink", path, "concentrator", s.wire.RemoteAddr(), "multipath", s.multipath)
 	}
 	p.lastErr = nil
+	p.dialFailed.again()
 	s.calm = p.calm
 	known := &pooled{Session: s, peer: peer, path: path, since: time.Now()}
 	p.sessions[s] = known
