@@ -41,7 +41,7 @@ const (
 	// doubling to carrierRetryMax while others carry, and without a pause while
 	// none does.
 	carrierRetryMin = time.Second
-	carrierRetryMax = 30 * time.Second
+	carrierRetryMax = 10 * time.Second
 	// carrierDial bounds one attempt. It is short, because the retransmissions
 	// of a handshake come ever more seldom, and an uplink may be back by then.
 	carrierDial = 1500 * time.Millisecond
@@ -86,6 +86,8 @@ type packets struct {
 	lastUp   time.Time           // when the tunnel was up
 	control  tunnel.Messages     // the session over which wishes travel, or nil
 	telling  sync.WaitGroup
+	// isTelling: a wish is on its way to the kernel.
+	isTelling bool
 }
 
 // standing is what is remembered of the links over one uplink, when they are gone
@@ -277,11 +279,14 @@ func (p *packets) keep(ctx context.Context, peer *tunnel.Peer, c *carrier) {
 	wait := carrierRetryMin
 	for ctx.Err() == nil {
 		begun := time.Now()
+		p.mu.Lock()
+		path, all := c.path, slices.Clone(p.paths)
+		p.mu.Unlock()
 		var err error
-		if c.path.Name == "" {
-			err = p.carryStream(ctx, peer, c)
+		if path.Name == "" {
+			err = p.carryStream(ctx, peer, c, all)
 		} else {
-			err = p.carryDatagrams(ctx, peer, c)
+			err = p.carryDatagrams(ctx, peer, c, path)
 		}
 		if time.Since(begun) > carrierRetryMax {
 			wait = carrierRetryMin
@@ -305,21 +310,18 @@ func (p *packets) keep(ctx context.Context, peer *tunnel.Peer, c *carrier) {
 }
 
 // carryDatagrams holds one QUIC connection from its handshake to its end.
-func (p *packets) carryDatagrams(ctx context.Context, peer *tunnel.Peer, c *carrier) error {
+func (p *packets) carryDatagrams(ctx context.Context, peer *tunnel.Peer, c *carrier, path tunnel.Path) error {
 	dialling, cancel := context.WithTimeout(ctx, carrierDial)
 	defer cancel()
-	m, inner, err := peer.DialDatagram(dialling, c.path, p.id)
+	m, inner, err := peer.DialDatagram(dialling, path, p.id)
 	if err != nil {
 		return err
 	}
-	return p.serve(ctx, c, bond.Datagram, inner, []tunnel.Messages{m})
+	return p.serve(ctx, c, bond.LinkConfig{Name: path.Name, Kind: bond.Datagram, Backup: path.Backup}, inner, []tunnel.Messages{m})
 }
 
 // carryStream holds the MPTCP sessions for packets until one of them ends.
-func (p *packets) carryStream(ctx context.Context, peer *tunnel.Peer, c *carrier) error {
-	p.mu.Lock()
-	paths := slices.Clone(p.paths)
-	p.mu.Unlock()
+func (p *packets) carryStream(ctx context.Context, peer *tunnel.Peer, c *carrier, paths []tunnel.Path) error {
 	dialling, cancel := context.WithTimeout(ctx, 2*carrierDial)
 	defer cancel()
 	var list []tunnel.Messages
@@ -334,11 +336,11 @@ func (p *packets) carryStream(ctx context.Context, peer *tunnel.Peer, c *carrier
 		}
 		list, inner = append(list, m), got
 	}
-	return p.serve(ctx, c, bond.Stream, inner, list)
+	return p.serve(ctx, c, bond.LinkConfig{Kind: bond.Stream, Backup: true}, inner, list)
 }
 
 // serve makes sessions a link of the bond, until one ends.
-func (p *packets) serve(ctx context.Context, c *carrier, kind bond.LinkKind, inner tunnel.Inner, list []tunnel.Messages) error {
+func (p *packets) serve(ctx context.Context, c *carrier, config bond.LinkConfig, inner tunnel.Inner, list []tunnel.Messages) error {
 	closeAll := func() {
 		for _, m := range list {
 			_ = m.Close()
@@ -347,7 +349,6 @@ func (p *packets) serve(ctx context.Context, c *carrier, kind bond.LinkKind, inn
 	defer closeAll()
 	stop := context.AfterFunc(ctx, closeAll)
 	defer stop()
-	config := bond.LinkConfig{Name: c.path.Name, Kind: kind, Backup: c.path.Backup || kind == bond.Stream}
 	for _, m := range list {
 		config.Carriers = append(config.Carriers, m)
 	}
@@ -359,7 +360,7 @@ func (p *packets) serve(ctx context.Context, c *carrier, kind bond.LinkKind, inn
 	learnt := p.inner != inner
 	p.inner = inner
 	p.addresses.Store(&inner)
-	if kind == bond.Stream {
+	if config.Kind == bond.Stream {
 		p.control, p.told = list[0], nil
 		p.tellLocked()
 	}
@@ -371,7 +372,7 @@ func (p *packets) serve(ctx context.Context, c *carrier, kind bond.LinkKind, inn
 	defer func() {
 		p.mu.Lock()
 		c.link = nil
-		if kind == bond.Stream {
+		if config.Kind == bond.Stream {
 			// The next may end at another start of the concentrator.
 			p.control, p.answer = nil, answer{}
 		}
@@ -451,12 +452,17 @@ func (p *packets) tellLocked() {
 	if err != nil {
 		panic(fmt.Sprintf("a wish is plain data: %v", err))
 	}
-	if p.control == nil || bytes.Equal(text, p.told) {
-		return
+	if p.control == nil || p.isTelling || bytes.Equal(text, p.told) {
+		return // one after the other: keepCarriers looks again soon
 	}
-	p.told = text
+	p.told, p.isTelling = text, true
 	control := p.control
-	p.telling.Go(func() { _ = control.SendControl(text) }) // a failure ends the session, and the next is told
+	p.telling.Go(func() {
+		_ = control.SendControl(text) // a failure ends the session, and the next is told
+		p.mu.Lock()
+		p.isTelling = false
+		p.mu.Unlock()
+	})
 }
 
 func (p *packets) answered(text []byte) {

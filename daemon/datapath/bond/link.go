@@ -230,8 +230,9 @@ func (h *health) lowestRTT() time.Duration {
 
 // SetBackup says whether the link carries packets only while no other is fit.
 func (l *Link) SetBackup(backup bool) {
-	l.backup.Store(backup)
-	l.bond.wake()
+	if l.backup.Swap(backup) != backup {
+		l.bond.wake()
+	}
 }
 
 func (l *Link) isRemoved() bool { return l.removed.Load() }

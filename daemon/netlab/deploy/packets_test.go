@@ -888,7 +888,7 @@ func (w *world) calmLog() {
 			drops["concentratord"]++
 		case strings.Contains(line, "packets dropped"):
 			drops["sheafd"]++
-		case strings.Contains(line, "routers' packets is gone"):
+		case strings.Contains(line, "packet path is gone") && strings.Contains(line, "sheaf-c0"):
 			gone++
 		}
 		lines++
