@@ -103,21 +103,28 @@ func Run(ctx context.Context, c Config) error {
 	if c.ConnectRouters {
 		con.packets.mutual = []netip.Prefix{Network4(), store.Network6()}
 	}
-	con.server.HandlePackets(con.packets)
 	gateway, err := newGateway(ctx, c, store, con.packets)
 	if err != nil {
-		return err
+		// TCP needs nothing of the kernel.
+		c.Log.Warn("routers' packets are not carried, only their TCP: that takes nf_tables and CAP_NET_ADMIN", "error", err)
+	} else {
+		con.server.HandlePackets(con.packets)
 	}
 
 	c.Log.Info("concentrator ready", "listen", c.Listen, "key", store.Identity().PublicKey().Fingerprint(), "routers", len(store.Routers()))
 	work, ctx := errgroup.WithContext(ctx)
-	work.Go(func() error { con.packets.run(ctx); return nil })
-	work.Go(func() error { return gateway.run(ctx) })
+	if gateway != nil {
+		work.Go(func() error { con.packets.run(ctx); return nil })
+		work.Go(func() error { return gateway.run(ctx) })
+	}
 	work.Go(func() error { con.server.Serve(ctx, listeners...); return nil })
 	work.Go(func() error { con.server.ServeDatagrams(ctx, sockets...); return nil })
 	work.Go(func() error { return webui.Serve(ctx, socket, webui.NewConcentratorHandler(con, c.Log)) })
 	err = work.Wait()
-	return errors.Join(err, gateway.close())
+	if gateway != nil {
+		err = errors.Join(err, gateway.close())
+	}
+	return err
 }
 
 var resetReasons = map[egress.Failure]tunnel.ResetReason{

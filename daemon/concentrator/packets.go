@@ -82,7 +82,7 @@ type member struct {
 
 func newPackets(log *slog.Logger, store *Store, policy egress.Policy, forwards egress.ForwardPolicy, open openInbound) *packets {
 	p := &packets{
-		log: log, store: store, checker: egress.NewChecker(policy),
+		log: log, store: store, checker: egress.NewChecker(policy), changed: func() {},
 		members: map[tunnel.PublicKey]*member{}, byAddress: map[netip.Addr]*member{},
 	}
 	p.device = tun.Kept{Name: desired.ConcentratorTunnelName, Queues: tunQueues, Receive: p.fromInternet, Changed: func() { p.changed() }, Log: log}
@@ -263,8 +263,8 @@ func (p *packets) remove(key tunnel.PublicKey) {
 	if mb != nil {
 		p.dropLocked(mb)
 	}
-	p.mu.Unlock()
 	p.forwards.Remove(forwardsKey(key))
+	p.mu.Unlock()
 	p.changed()
 }
 
@@ -304,12 +304,13 @@ func (p *packets) keepTime(ctx context.Context) {
 		case <-tick.C:
 		}
 		now := time.Now()
-		var gone []tunnel.PublicKey
+		gone := false
 		p.mu.Lock()
 		for key, mb := range p.members {
 			if !mb.left.IsZero() && now.Sub(mb.left) > forgetAfter {
 				p.dropLocked(mb)
-				gone = append(gone, key)
+				p.forwards.Remove(forwardsKey(key))
+				gone = true
 				continue
 			}
 			if calm := mb.bond.Interactive(); calm != mb.isCalm {
@@ -318,10 +319,7 @@ func (p *packets) keepTime(ctx context.Context) {
 			}
 		}
 		p.mu.Unlock()
-		for _, key := range gone {
-			p.forwards.Remove(forwardsKey(key))
-		}
-		if len(gone) > 0 {
+		if gone {
 			p.changed()
 		}
 	}
