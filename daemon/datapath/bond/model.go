@@ -6,8 +6,11 @@ const (
 	// queueKnown is from what delay on a queue on the way is taken for one, and
 	// not for jitter.
 	queueKnown = 3 * time.Millisecond
-	// leastSample is the shortest time over which a rate is measured.
-	leastSample = 5 * time.Millisecond
+	// A capacity is measured over at least leastTime and leastBytes, and at most
+	// mostTime: what takes longer does not fill the link by itself.
+	leastTime  = 5 * time.Millisecond
+	mostTime   = 200 * time.Millisecond
+	leastBytes = 8 << 10
 	// probeBytes is after how much data a probe is due early.
 	probeBytes = 32 << 10
 )
@@ -25,6 +28,11 @@ type model struct {
 	// those of an empty queue.
 	least, leastBefore, leastSince time.Duration
 	capacity                       float64 // bytes per second, 0 if not known
+
+	// Of the probe from which on the capacity is measured.
+	markArrived time.Duration
+	markBytes   uint64
+	markQueue   bool
 
 	// Of the newest probe that was answered.
 	left, arrived time.Duration // by the sender's and the receiver's clock
@@ -50,20 +58,35 @@ func (m *model) answered(left, arrived time.Duration, bytes uint64) {
 	}
 	m.least = min(m.least, delay)
 	queued := delay - m.base()
-	if passed := arrived - m.arrived; m.known && passed >= leastSample && bytes > m.bytes {
-		rate := float64(bytes-m.bytes) / passed.Seconds()
+	m.learn(arrived, bytes, queued > queueKnown)
+	m.known = true
+	m.left, m.arrived, m.bytes, m.queued = left, arrived, bytes, queued
+}
+
+// learn measures the capacity while there is a queue: how fast it empties. While
+// there is none, it is at least what goes through.
+func (m *model) learn(arrived time.Duration, bytes uint64, queue bool) {
+	passed, sent := arrived-m.markArrived, bytes-m.markBytes
+	mark := true
+	switch {
+	case queue != m.markQueue || !m.known || passed > mostTime:
+		// Nothing can be said of what was before.
+	case passed < leastTime || sent < leastBytes:
+		mark = false
+	default:
+		rate := float64(sent) / passed.Seconds()
 		switch {
-		case m.capacity == 0:
+		case queue && m.capacity == 0:
 			m.capacity = rate
-		case queued > queueKnown && m.queued > queueKnown:
-			// The queue was not empty in between: this is how fast it empties.
+		case queue:
 			m.capacity += (rate - m.capacity) / 4
-		case passed >= 4*leastSample:
+		case m.capacity > 0:
 			m.capacity = max(m.capacity, rate)
 		}
 	}
-	m.known = true
-	m.left, m.arrived, m.bytes, m.queued = left, arrived, bytes, queued
+	if mark {
+		m.markArrived, m.markBytes, m.markQueue = arrived, bytes, queue
+	}
 }
 
 func (m *model) base() time.Duration { return min(m.least, m.leastBefore) }

@@ -128,3 +128,29 @@ func TestModelFollowsALongerWay(t *testing.T) {
 		t.Errorf("the empty queue's delay is %v, want 50ms", m.base())
 	}
 }
+
+func TestModelLearnsOnlyFromWhatFillsTheLink(t *testing.T) {
+	const mbit = 1e6 / 8
+	t.Run("probes of an idle link", func(t *testing.T) {
+		var m model
+		for at := time.Duration(0); at < 5*time.Minute; at += 15 * time.Second {
+			m.answered(time.Hour+at, time.Hour+at+10*time.Millisecond, uint64(at/time.Second))
+		}
+		if m.capacity != 0 {
+			t.Errorf("capacity %.0f bytes/s from probes alone", m.capacity)
+		}
+		if got := m.delay(2*time.Hour, 1<<20); got != 10*time.Millisecond {
+			t.Errorf("delay %v for the first packets, want 10ms", got)
+		}
+	})
+	t.Run("a small flow in the queue of others", func(t *testing.T) {
+		var m model
+		m.answered(time.Hour-time.Second, time.Hour-time.Second+10*time.Millisecond, 0)
+		for at := time.Duration(0); at < 10*time.Second; at += 100 * time.Millisecond {
+			m.answered(time.Hour+at, time.Hour+at+50*time.Millisecond, uint64(at/time.Millisecond)*10) // 80 kbit/s
+		}
+		if m.capacity != 0 {
+			t.Errorf("capacity %.2f Mbit/s from a flow of 0.08", m.capacity/mbit)
+		}
+	})
+}
