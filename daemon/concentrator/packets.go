@@ -74,7 +74,7 @@ type member struct {
 	stream   *bond.Link
 	links    map[*bond.Link]string // of datagrams, by uplink
 	backup   []string              // uplinks
-	active   []wishedForward
+	active   []tunnel.Port
 	left     time.Time // when the last carrier went
 
 	isCalm bool // of keepTime alone
@@ -325,36 +325,9 @@ func (p *packets) keepTime(ctx context.Context) {
 	}
 }
 
-// wish is what a router asks for, as JSON in a CONFIG frame.
-type wish struct {
-	// Forwards are the ports to be opened for it.
-	Forwards []wishedForward `json:"forwards"`
-	// Backup names the uplinks that carry only while no other is fit; Stream says
-	// that the stream carrier is more than that.
-	Backup []string `json:"backup"`
-	Stream bool     `json:"stream"`
-}
-
-type wishedForward struct {
-	Protocol string `json:"protocol"`
-	Port     uint16 `json:"port"`
-}
-
-// answer is what became of it, in a STATE frame.
-type answer struct {
-	Forwards []answeredForward `json:"forwards"`
-}
-
-type answeredForward struct {
-	Protocol string `json:"protocol"`
-	Port     uint16 `json:"port"`
-	State    string `json:"state"` // active, refused
-	Reason   string `json:"reason,omitempty"`
-}
-
 // wished does what a router asks for, and tells it what became of that.
 func (p *packets) wished(mb *member, m tunnel.Messages, body []byte) {
-	var w wish
+	var w tunnel.Wishes
 	if err := json.Unmarshal(body, &w); err != nil {
 		p.log.Warn("a router's wish is not readable", "router", mb.name, "error", err)
 		return
@@ -378,10 +351,10 @@ func (p *packets) wished(mb *member, m tunnel.Messages, body []byte) {
 	for i, f := range w.Forwards {
 		wanted[i] = egress.Forward{ID: f.Port, Protocol: f.Protocol, Port: f.Port}
 	}
-	a := answer{Forwards: []answeredForward{}}
-	var active []wishedForward
+	a := tunnel.Answers{Forwards: []tunnel.PortAnswer{}}
+	var active []tunnel.Port
 	for i, r := range p.forwards.Set(forwardsKey(mb.key), wanted) {
-		a.Forwards = append(a.Forwards, answeredForward{wanted[i].Protocol, wanted[i].Port, string(r.State), r.Reason})
+		a.Forwards = append(a.Forwards, tunnel.PortAnswer{Port: w.Forwards[i], State: string(r.State), Reason: r.Reason})
 		if r.State == egress.ForwardActive {
 			active = append(active, w.Forwards[i])
 		}

@@ -7,6 +7,7 @@ import (
 	"sheaf/daemon/control/desired"
 	"sheaf/daemon/control/settings"
 	"sheaf/daemon/datapath/bond"
+	"sheaf/daemon/datapath/tunnel"
 	"sheaf/webui"
 )
 
@@ -91,7 +92,7 @@ func (p *packets) describeForwardsLocked(forwards []settings.Forward, alive bool
 			State: "pending", Reason: pending,
 		}
 		for _, a := range answers {
-			if a.Protocol == f.Protocol && a.Port == f.Port {
+			if a.Port == (tunnel.Port{Protocol: f.Protocol, Port: f.Port}) {
 				w.State, w.Reason = a.State, a.Reason
 			}
 		}

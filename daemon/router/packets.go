@@ -78,9 +78,9 @@ type packets struct {
 	peer     *tunnel.Peer
 	paths    []tunnel.Path
 	inner    tunnel.Inner
-	wish     wish   // what the concentrator is told
-	told     []byte // as it was told last, over control
-	answer   answer // what it said to that
+	wish     tunnel.Wishes  // what the concentrator is told
+	told     []byte         // as it was told last, over control
+	answer   tunnel.Answers // what it said to that
 	carriers map[string]*carrier
 	standing map[string]standing // of uplinks
 	lastUp   time.Time           // when the tunnel was up
@@ -374,7 +374,7 @@ func (p *packets) serve(ctx context.Context, c *carrier, config bond.LinkConfig,
 		c.link = nil
 		if config.Kind == bond.Stream {
 			// The next may end at another start of the concentrator.
-			p.control, p.answer = nil, answer{}
+			p.control, p.answer = nil, tunnel.Answers{}
 		}
 		p.mu.Unlock()
 		p.kick()
@@ -411,36 +411,12 @@ func (p *packets) keepCalm(ctx context.Context) {
 	}
 }
 
-// wish is what a router asks of its concentrator, as JSON in a CONFIG frame.
-type wish struct {
-	Forwards []wishedForward `json:"forwards"`
-	// Backup names the uplinks that carry only while no other is fit. Stream says
-	// that the stream carrier is more than that: some uplink has no other.
-	Backup []string `json:"backup"`
-	Stream bool     `json:"stream"`
-}
-
-type wishedForward struct {
-	Protocol string `json:"protocol"`
-	Port     uint16 `json:"port"`
-}
-
-// answer is what a concentrator says to that, in a STATE frame.
-type answer struct {
-	Forwards []struct {
-		Protocol string `json:"protocol"`
-		Port     uint16 `json:"port"`
-		State    string `json:"state"`
-		Reason   string `json:"reason"`
-	} `json:"forwards"`
-}
-
 func (p *packets) setForwards(list []settings.Forward) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.wish.Forwards = nil
 	for _, f := range list {
-		p.wish.Forwards = append(p.wish.Forwards, wishedForward{f.Protocol, f.Port})
+		p.wish.Forwards = append(p.wish.Forwards, tunnel.Port{Protocol: f.Protocol, Port: f.Port})
 	}
 	p.tellLocked()
 }
@@ -466,7 +442,7 @@ func (p *packets) tellLocked() {
 }
 
 func (p *packets) answered(text []byte) {
-	var a answer
+	var a tunnel.Answers
 	if err := json.Unmarshal(text, &a); err != nil {
 		p.log.Warn("the concentrator's word on the forwards is not readable", "error", err)
 		return

@@ -1,7 +1,6 @@
 package tunnel
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"io"
@@ -63,15 +62,7 @@ func TestInboundFlowsReachTheLANHost(t *testing.T) {
 	in := newInbound(t, destination(t, func(c *net.TCPConn) { _, _ = io.Copy(io.Discard, c); _ = c.Close() }), destination(t, echo))
 	for _, size := range []int{0, 1, 4096, 5_000_000, 1} {
 		client, result := in.arrive(1)
-		want := random(t, size)
-		go func() {
-			_, _ = client.Write(want)
-			_ = client.CloseWrite() // half-close: the echo must still come back whole
-		}()
-		got, err := io.ReadAll(client)
-		if err != nil || !bytes.Equal(got, want) {
-			t.Fatalf("%d bytes: got %d back, error %v", size, len(got), err)
-		}
+		echoed(t, client, size)
 		if err := await(t, result, "OpenInbound"); err != nil {
 			t.Fatalf("%d bytes: %v", size, err)
 		}

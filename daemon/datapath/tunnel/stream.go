@@ -45,6 +45,34 @@ type Receiver struct {
 	Control func(body []byte)
 }
 
+// Wishes are what a router asks of its concentrator: the body of CONFIG, in JSON.
+type Wishes struct {
+	// Forwards are the concentrator's ports to be opened for it.
+	Forwards []Port `json:"forwards"`
+	// Backup names the uplinks that carry only while no other is fit. Stream says
+	// that the stream carrier is more than that: some uplink has no other.
+	Backup []string `json:"backup"`
+	Stream bool     `json:"stream"`
+}
+
+// Port is a port of a concentrator.
+type Port struct {
+	Protocol string `json:"protocol"` // tcp, udp
+	Port     uint16 `json:"port"`
+}
+
+// Answers are what became of Wishes: the body of STATE, in JSON.
+type Answers struct {
+	Forwards []PortAnswer `json:"forwards"`
+}
+
+// PortAnswer is what became of one Port.
+type PortAnswer struct {
+	Port
+	State  string `json:"state"`            // active, refused
+	Reason string `json:"reason,omitempty"` // of a refusal
+}
+
 // Inner are the addresses of a router and of its concentrator inside the tunnel;
 // those of a family that the tunnel does not carry are invalid.
 type Inner struct{ Address4, Address6, Gateway4, Gateway6 netip.Addr }

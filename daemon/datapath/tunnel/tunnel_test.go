@@ -181,6 +181,20 @@ func echo(c *net.TCPConn) {
 	_ = c.CloseWrite()
 }
 
+// echoed wants so many bytes back whole, though the client's direction ends first.
+func echoed(t testing.TB, client *net.TCPConn, size int) {
+	t.Helper()
+	want := random(t, size)
+	go func() {
+		_, _ = client.Write(want)
+		_ = client.CloseWrite()
+	}()
+	got, err := io.ReadAll(client)
+	if err != nil || !bytes.Equal(got, want) {
+		t.Fatalf("%d bytes: got %d back, error %v", size, len(got), err)
+	}
+}
+
 func random(t testing.TB, n int) []byte {
 	t.Helper()
 	b := make([]byte, n)
@@ -206,15 +220,7 @@ func TestFlowsEchoBothWaysAndReuseTheirSession(t *testing.T) {
 	to := destination(t, echo)
 	for _, size := range []int{0, 1, 4096, 16380, 16381, 200_000, 5_000_000} {
 		client, result := b.connect(to)
-		want := random(t, size)
-		go func() {
-			_, _ = client.Write(want)
-			_ = client.CloseWrite() // half-close: the echo must still come back whole
-		}()
-		got, err := io.ReadAll(client)
-		if err != nil || !bytes.Equal(got, want) {
-			t.Fatalf("%d bytes: got %d back, error %v", size, len(got), err)
-		}
+		echoed(t, client, size)
 		if err := await(t, result, "relay"); err != nil {
 			t.Fatalf("%d bytes: %v", size, err)
 		}

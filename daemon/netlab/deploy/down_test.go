@@ -40,22 +40,9 @@ func (w *world) reflect(port string) {
 		w.serve(address, func(c *net.TCPConn) {
 			_, _ = io.WriteString(c, c.RemoteAddr().(*net.TCPAddr).AddrPort().Addr().String())
 		})
-		socket, err := w.Lab.Server.ListenPacket("udp", address)
-		w.need(err)
-		w.t.Cleanup(func() { _ = socket.Close() })
-		go func() {
-			buffer := make([]byte, 2048)
-			for {
-				n, from, err := socket.ReadFrom(buffer)
-				if errors.Is(err, net.ErrClosed) {
-					return
-				}
-				if err == nil {
-					seen := from.(*net.UDPAddr).AddrPort().Addr().Unmap().String()
-					_, _ = socket.WriteTo(append(slices.Clone(buffer[:n]), " "+seen...), from)
-				}
-			}
-		}()
+		w.answerAt(w.Lab.Server, address, func(from net.Addr, question []byte) []byte {
+			return append(slices.Clone(question), " "+from.(*net.UDPAddr).AddrPort().Addr().Unmap().String()...)
+		})
 	}
 }
 

@@ -149,7 +149,13 @@ func up(t *testing.T) *world {
 // serve runs handle for every connection to a port of the Internet server.
 func (w *world) serve(address string, handle func(*net.TCPConn)) {
 	w.t.Helper()
-	l, err := w.Lab.Server.Listen("tcp", address)
+	w.serveAt(w.Lab.Server, address, handle)
+}
+
+// serveAt runs handle for every connection to a port of a Host.
+func (w *world) serveAt(h *netlab.Host, address string, handle func(*net.TCPConn)) {
+	w.t.Helper()
+	l, err := h.Listen("tcp", address)
 	w.need(err)
 	w.t.Cleanup(func() { _ = l.Close() })
 	go func() {
@@ -162,6 +168,26 @@ func (w *world) serve(address string, handle func(*net.TCPConn)) {
 				defer func() { _ = c.Close() }()
 				handle(c.(*net.TCPConn))
 			}()
+		}
+	}()
+}
+
+// answerAt answers every datagram to a port of a Host.
+func (w *world) answerAt(h *netlab.Host, address string, answer func(from net.Addr, question []byte) []byte) {
+	w.t.Helper()
+	socket, err := h.ListenPacket("udp", address)
+	w.need(err)
+	w.t.Cleanup(func() { _ = socket.Close() })
+	go func() {
+		buffer := make([]byte, 1<<16)
+		for {
+			n, from, err := socket.ReadFrom(buffer)
+			if errors.Is(err, net.ErrClosed) {
+				return
+			}
+			if err == nil { // else an ICMP error about an earlier answer
+				_, _ = socket.WriteTo(answer(from, buffer[:n]), from)
+			}
 		}
 	}()
 }

@@ -30,42 +30,10 @@ func (w *world) serveLAN() {
 	w.t.Helper()
 	for _, host := range []string{netlab.LANAddress, netlab.LANAddress6} {
 		w.serveAt(w.Lab.LAN, net.JoinHostPort(host, "80"), func(c *net.TCPConn) { _, _ = io.WriteString(c, c.RemoteAddr().String()) })
-		socket, err := w.Lab.LAN.ListenPacket("udp", net.JoinHostPort(host, "9000"))
-		w.need(err)
-		w.t.Cleanup(func() { _ = socket.Close() })
-		go func() {
-			buffer := make([]byte, 2048)
-			for {
-				n, from, err := socket.ReadFrom(buffer)
-				if errors.Is(err, net.ErrClosed) {
-					return
-				}
-				if err == nil {
-					_, _ = socket.WriteTo(fmt.Appendf(nil, "%s %s", from, buffer[:n]), from)
-				}
-			}
-		}()
+		w.answerAt(w.Lab.LAN, net.JoinHostPort(host, "9000"), func(from net.Addr, question []byte) []byte {
+			return fmt.Appendf(nil, "%s %s", from, question)
+		})
 	}
-}
-
-// serveAt runs handle for every connection to a port of a Host.
-func (w *world) serveAt(h *netlab.Host, address string, handle func(*net.TCPConn)) {
-	w.t.Helper()
-	l, err := h.Listen("tcp", address)
-	w.need(err)
-	w.t.Cleanup(func() { _ = l.Close() })
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer func() { _ = c.Close() }()
-				handle(c.(*net.TCPConn))
-			}()
-		}
-	}()
 }
 
 // come connects from the Internet server to a port of the concentrator.
