@@ -109,8 +109,8 @@ type sentProbe struct {
 	number uint32
 	at     time.Duration
 	sent   uint32 // messages before it
-	bytes  uint64 // and bytes
 	left   time.Duration
+	mark   probeMark
 	open   bool // not answered yet
 }
 
@@ -158,7 +158,7 @@ func (h *health) onReply(m message, now time.Duration) {
 	}
 	h.lowest = min(h.lowest, rtt)
 
-	h.model.answered(p.left, m.time, p.bytes)
+	h.model.answered(now, p.left, m.time, p.mark)
 
 	sent, received := p.sent-h.lossSent, m.received-h.lossReceived
 	switch {
@@ -241,7 +241,7 @@ func (l *Link) isRemoved() bool { return l.removed.Load() }
 func (l *Link) delay(now time.Duration) time.Duration {
 	l.mutex.Lock()
 	defer l.mutex.Unlock()
-	return l.health.model.delay(now, l.sentBytes.Load())
+	return l.health.model.delay(now)
 }
 
 // Fit says whether the link carries packets.
@@ -308,7 +308,8 @@ func (l *Link) noteProbe(number uint32) {
 	l.mutex.Lock()
 	defer l.mutex.Unlock()
 	if p := &l.health.probes[number%uint32(len(l.health.probes))]; p.number == number {
-		p.sent, p.bytes, p.left = l.sentMessages.Load(), l.sentBytes.Load(), l.bond.now()
+		p.sent, p.left = l.sentMessages.Load(), l.bond.now()
+		p.mark = l.health.model.mark(p.left, l.sentBytes.Load())
 	}
 }
 
@@ -347,7 +348,10 @@ func (l *Link) arrived(m message, length int, now time.Duration) {
 }
 
 // noteSent counts a message that the carrier took.
-func (l *Link) noteSent(length int, packet bool) {
+func (l *Link) noteSent(length int, packet bool, now time.Duration) {
+	l.mutex.Lock()
+	l.health.model.sent(now, length)
+	l.mutex.Unlock()
 	l.sentMessages.Add(1)
 	if before := l.sentBytes.Add(uint64(length)) - uint64(length); before/probeBytes != l.sentBytes.Load()/probeBytes {
 		l.bond.wake() // a probe may be due

@@ -34,20 +34,60 @@ type model struct {
 	markBytes   uint64
 	markQueue   bool
 
+	// The queue as it is taken to be at a moment, for how long in all it was taken
+	// to be empty before, and by how much in all it was put right.
+	at, backlog, idle, corrected time.Duration
+
 	// Of the newest probe that was answered.
 	left, arrived time.Duration // by the sender's and the receiver's clock
 	bytes         uint64        // sent before it
 	queued        time.Duration // how long it stood in the queue
+	ours          bool          // the queue is of what this end sent, mostly
 }
 
-// answered notes that a probe which left after so many bytes has arrived.
-func (m *model) answered(left, arrived time.Duration, bytes uint64) {
+// probeMark is what a model took the queue for when a probe left.
+type probeMark struct {
+	bytes                    uint64 // sent before it
+	backlog, idle, corrected time.Duration
+}
+
+// mark is called when a probe leaves after so many bytes.
+func (m *model) mark(now time.Duration, bytes uint64) probeMark {
+	m.advance(now)
+	return probeMark{bytes: bytes, backlog: m.backlog, idle: m.idle, corrected: m.corrected}
+}
+
+// sent notes that a carrier got so many bytes.
+func (m *model) sent(now time.Duration, bytes int) {
+	m.advance(now)
+	m.backlog += m.takes(uint64(bytes))
+}
+
+// takes is how long the link takes for so many bytes.
+func (m *model) takes(bytes uint64) time.Duration {
+	if m.capacity == 0 {
+		return 0
+	}
+	return time.Duration(float64(bytes) / m.capacity * float64(time.Second))
+}
+
+func (m *model) advance(now time.Duration) {
+	m.backlog -= now - m.at
+	m.at = now
+	if m.backlog < 0 {
+		m.idle -= m.backlog
+		m.backlog = 0
+	}
+}
+
+// answered notes that a probe which left at a mark has arrived.
+func (m *model) answered(now, left, arrived time.Duration, at probeMark) {
 	delay := arrived - left
 	if m.known && left <= m.left {
 		return // answers that overtook each other
 	}
 	if m.known && (delay-m.least).Abs() > time.Minute {
-		*m = model{} // a clock was set back by suspension
+		*m = model{at: now} // a clock was set back by suspension
 	}
 	const half = 30 * time.Second
 	switch {
@@ -58,9 +98,32 @@ func (m *model) answered(left, arrived time.Duration, bytes uint64) {
 	}
 	m.least = min(m.least, delay)
 	queued := delay - m.base()
-	m.learn(arrived, bytes, queued > queueKnown)
+	m.ours = queued <= queueKnown || m.takes(at.bytes-m.bytes) > (left-m.left)/2
+	m.learn(arrived, at.bytes, queued > queueKnown)
+	m.correct(now, queued, at)
 	m.known = true
-	m.left, m.arrived, m.bytes, m.queued = left, arrived, bytes, queued
+	m.left, m.arrived, m.bytes, m.queued = left, arrived, at.bytes, queued
+}
+
+// correct puts the queue right by what a probe found. What is known of the time
+// since then stays, as far as the queue was not empty in between: from there on it
+// does not depend on what was before.
+func (m *model) correct(now, queued time.Duration, at probeMark) {
+	m.advance(now)
+	if !m.known {
+		m.backlog = queued
+		return
+	}
+	// What answers to earlier probes have put right since holds for this one too.
+	missed, idle := queued-at.backlog-(m.corrected-at.corrected), m.idle-at.idle
+	before := m.backlog
+	switch {
+	case missed > idle:
+		m.backlog += missed - idle
+	case missed < 0 && idle == 0:
+		m.backlog = max(0, m.backlog+missed)
+	}
+	m.corrected += m.backlog - before
 }
 
 // learn measures the capacity while there is a queue: how fast it empties. While
@@ -91,11 +154,12 @@ func (m *model) learn(arrived time.Duration, bytes uint64, queue bool) {
 
 func (m *model) base() time.Duration { return min(m.least, m.leastBefore) }
 
-// delay predicts how long a packet takes that leaves now, after so many bytes.
-func (m *model) delay(now time.Duration, bytes uint64) time.Duration {
-	queued := m.queued
-	if m.capacity > 0 {
-		queued += time.Duration(float64(bytes-m.bytes)/m.capacity*float64(time.Second)) - (now - m.left)
+// delay predicts how long a packet takes that leaves now. A queue of others is
+// taken to stay as it is.
+func (m *model) delay(now time.Duration) time.Duration {
+	queued := max(m.backlog-(now-m.at), 0)
+	if !m.ours {
+		queued = max(queued, m.queued)
 	}
-	return m.base() + max(queued, 0)
+	return m.base() + queued
 }

@@ -6,51 +6,70 @@ import (
 	"time"
 )
 
-// fifo is a link with a queue, as a model sees it.
+// fifo is a link with a queue, and the model of it.
 type fifo struct {
 	rate       float64 // bytes per second
 	base, skew time.Duration
 	free       time.Duration // when the queue will be empty
 	bytes      uint64
+	model      model
+	answers    []answer
 }
 
-// send returns when a packet arrives, by the receiver's clock.
+// answer is one to a probe, on its way.
+type answer struct {
+	at, left, arrived time.Duration
+	mark              probeMark
+}
+
+// send returns how long a packet will take, by the two ends' clocks.
 func (f *fifo) send(now time.Duration, length int) time.Duration {
-	f.free = max(f.free, now) + time.Duration(float64(length)/f.rate*float64(time.Second))
+	f.foreign(now, length)
 	f.bytes += uint64(length)
-	return f.free + f.base + f.skew
+	f.model.sent(now, length)
+	return f.free + f.base + f.skew - now
 }
 
-// drive sends at a rate for a while, with a probe every 20 ms whose answer comes
-// back after the way there and 10 ms. It returns the largest error of what the
-// model predicted for the packets after settle.
-func drive(m *model, f *fifo, from time.Duration, rate float64, length, settle time.Duration) (worst time.Duration) {
-	type answer struct {
-		at, left, arrived time.Duration
-		bytes             uint64
+// foreign sends what is not of this end.
+func (f *fifo) foreign(now time.Duration, length int) {
+	f.free = max(f.free, now) + time.Duration(float64(length)/f.rate*float64(time.Second))
+}
+
+// probe sends one, whose answer comes back after the way there and 10 ms.
+func (f *fifo) probe(now time.Duration) {
+	mark := f.model.mark(now, f.bytes)
+	arrived := now + f.send(now, 60)
+	f.answers = append(f.answers, answer{arrived - f.skew + 10*time.Millisecond, now, arrived, mark})
+}
+
+// hear gives the model the answers that came until now.
+func (f *fifo) hear(now time.Duration) {
+	for len(f.answers) > 0 && f.answers[0].at <= now {
+		a := f.answers[0]
+		f.model.answered(a.at, a.left, a.arrived, a.mark)
+		f.answers = f.answers[1:]
 	}
-	var answers []answer
+}
+
+// drive sends at a rate for a while, with a probe every 20 ms. It returns the
+// largest error of what the model predicted for the packets after settle.
+func (f *fifo) drive(from time.Duration, rate float64, length, settle time.Duration) (worst time.Duration) {
 	const size = 1400
 	probe := from
-	for at := 0; ; at++ {
-		now := from + time.Duration(float64(at)*size/rate*float64(time.Second))
+	for i := 0; ; i++ {
+		now := from + time.Duration(float64(i)*size/rate*float64(time.Second))
 		if now-from > length {
 			return worst
 		}
-		for len(answers) > 0 && answers[0].at <= now {
-			m.answered(answers[0].left, answers[0].arrived, answers[0].bytes)
-			answers = answers[1:]
-		}
+		f.hear(now)
 		if now >= probe {
-			before := f.bytes
-			arrived := f.send(now, 60)
-			answers = append(answers, answer{arrived - f.skew + 10*time.Millisecond, now, arrived, before})
+			f.probe(now)
 			probe = now + 20*time.Millisecond
 		}
-		predicted := m.delay(now, f.bytes)
-		arrived := f.send(now, size)
-		if m.known && now-from > settle {
-			worst = max(worst, (predicted - (arrived - now)).Abs())
+		predicted := f.model.delay(now)
+		took := f.send(now, size)
+		if f.model.known && now-from > settle {
+			worst = max(worst, (predicted - took).Abs())
 		}
 	}
 }
@@ -58,7 +77,6 @@ func drive(m *model, f *fifo, from time.Duration, rate float64, length, settle t
 func TestModelPredictsTheQueue(t *testing.T) {
 	const mbit = 1e6 / 8
 	for _, skew := range []time.Duration{0, -40 * time.Minute, 3 * time.Hour} {
-		var m model
 		f := &fifo{rate: 50 * mbit, base: 10 * time.Millisecond, skew: skew}
 		now := time.Hour
 		for _, step := range []struct {
@@ -72,43 +90,93 @@ func TestModelPredictsTheQueue(t *testing.T) {
 			{"far above it", 90 * mbit, 100 * time.Millisecond},
 			{"empties again", 10 * mbit, time.Second},
 		} {
-			worst := drive(&m, f, now, step.rate, step.length, 300*time.Millisecond)
-			if worst > 6*time.Millisecond {
+			worst := f.drive(now, step.rate, step.length, 300*time.Millisecond)
+			if worst > 3*time.Millisecond {
 				t.Errorf("skew %v, %s: a prediction is off by %v", skew, step.what, worst)
 			}
 			now += step.length
 		}
-		if math.Abs(m.capacity/f.rate-1) > .1 {
-			t.Errorf("skew %v: capacity %.1f Mbit/s, want 50", skew, m.capacity/mbit)
+		if math.Abs(f.model.capacity/f.rate-1) > .1 {
+			t.Errorf("skew %v: capacity %.1f Mbit/s, want 50", skew, f.model.capacity/mbit)
 		}
 	}
 }
 
-func TestModelWithoutPredictionWouldBeLate(t *testing.T) {
-	// What the model adds: the answer of a round trip ago knows nothing of what
-	// was sent since.
+func TestModelPredictsBurstsOnAnIdleLink(t *testing.T) {
+	// The time before a burst does not make room for it: 40 packets after 60 ms of
+	// silence stand in the queue as if they were the first.
 	const mbit = 1e6 / 8
-	m := model{}
-	m.answered(time.Second, time.Second+10*time.Millisecond, 0)
-	m.capacity = 50 * mbit
-	now := time.Second + 30*time.Millisecond
-	const sent = 500_000 // 80 ms at that rate
-	if got, want := m.delay(now, sent), 60*time.Millisecond; (got - want).Abs() > time.Millisecond {
-		t.Errorf("delay %v after a burst, want about %v", got, want)
+	f := &fifo{rate: 20 * mbit, base: 40 * time.Millisecond}
+	f.drive(time.Hour, 30*mbit, 500*time.Millisecond, 0)
+	now := time.Hour + 2*time.Second
+	f.hear(now)
+	for range 20 {
+		f.probe(now)
+		now += 60 * time.Millisecond
+		f.hear(now)
+		for range 40 {
+			if predicted, took := f.model.delay(now)+560*time.Microsecond, f.send(now, 1400); (predicted - took).Abs() > 2*time.Millisecond {
+				t.Fatalf("a packet of a burst takes %v, %v was predicted", took, predicted)
+			}
+		}
+		now += 60 * time.Millisecond
+		f.hear(now)
 	}
-	if got := m.delay(now+time.Second, sent); got != 10*time.Millisecond {
-		t.Errorf("delay %v once the queue is empty, want 10ms", got)
+}
+
+func TestModelIsPutRightOnce(t *testing.T) {
+	// Probes that were under way when the first of them told of a queue tell of the
+	// same one.
+	const mbit = 1e6 / 8
+	f := &fifo{rate: 50 * mbit, base: 20 * time.Millisecond}
+	f.drive(time.Hour, 60*mbit, 500*time.Millisecond, 0)
+	now := time.Hour + 2*time.Second
+	f.probe(now)
+	f.hear(now + time.Second)
+	now += time.Second
+	f.foreign(now, 500_000) // 80 ms
+	for range 5 {
+		f.probe(now)
+		now += time.Millisecond
+	}
+	f.hear(now + 120*time.Millisecond)
+	if f.model.backlog > time.Millisecond {
+		t.Errorf("five probes of a queue that is empty since leave %v of it", f.model.backlog)
+	}
+	if f.model.corrected > 85*time.Millisecond {
+		t.Errorf("put right by %v for a queue of 80ms", f.model.corrected)
+	}
+}
+
+func TestModelKeepsTheQueueOfOthers(t *testing.T) {
+	const mbit = 1e6 / 8
+	f := &fifo{rate: 50 * mbit, base: 10 * time.Millisecond}
+	f.drive(time.Hour, 60*mbit, 500*time.Millisecond, 0)
+	now := time.Hour + 2*time.Second
+	f.hear(now)
+	f.foreign(now, 250_000) // 40 ms, and kept so
+	for i := range 1000 {
+		f.foreign(now, 6250)
+		if i%100 == 0 {
+			f.probe(now)
+		}
+		now += time.Millisecond
+		f.hear(now)
+		predicted := f.model.delay(now)
+		if took := f.free + f.base - now; i > 100 && (predicted-took).Abs() > 2*time.Millisecond {
+			t.Fatalf("%d ms: a packet would take %v, %v is predicted", i, took, predicted)
+		}
 	}
 }
 
 func TestModelForgetsWhenAClockWasSet(t *testing.T) {
 	var m model
-	m.answered(time.Hour, time.Hour+10*time.Millisecond, 0)
-	m.answered(time.Hour+time.Second, 3*time.Hour, 1000)
-	if got, want := m.delay(time.Hour+time.Second, 1000), 2*time.Hour-time.Second; got != want {
+	m.answered(time.Hour, time.Hour, time.Hour+10*time.Millisecond, probeMark{})
+	m.answered(time.Hour+time.Second, time.Hour+time.Second, 3*time.Hour, probeMark{bytes: 1000})
+	if got, want := m.delay(time.Hour+time.Second), 2*time.Hour-time.Second; got != want {
 		t.Errorf("delay %v after the other end was suspended, want %v", got, want)
 	}
-	m.answered(time.Hour+500*time.Millisecond, 3*time.Hour, 500) // overtaken
+	m.answered(time.Hour+2*time.Second, time.Hour+500*time.Millisecond, 3*time.Hour, probeMark{bytes: 500}) // overtaken
 	if m.left != time.Hour+time.Second {
 		t.Error("an answer that was overtaken was taken for the newest")
 	}
@@ -122,7 +190,7 @@ func TestModelFollowsALongerWay(t *testing.T) {
 		if at > 40*time.Second {
 			delay = 50 * time.Millisecond
 		}
-		m.answered(time.Hour+at, time.Hour+at+delay, 0)
+		m.answered(time.Hour+at+delay, time.Hour+at, time.Hour+at+delay, probeMark{})
 	}
 	if m.base() != 50*time.Millisecond {
 		t.Errorf("the empty queue's delay is %v, want 50ms", m.base())
@@ -134,20 +202,21 @@ func TestModelLearnsOnlyFromWhatFillsTheLink(t *testing.T) {
 	t.Run("probes of an idle link", func(t *testing.T) {
 		var m model
 		for at := time.Duration(0); at < 5*time.Minute; at += 15 * time.Second {
-			m.answered(time.Hour+at, time.Hour+at+10*time.Millisecond, uint64(at/time.Second))
+			m.answered(time.Hour+at, time.Hour+at, time.Hour+at+10*time.Millisecond, probeMark{bytes: uint64(at / time.Second)})
 		}
 		if m.capacity != 0 {
 			t.Errorf("capacity %.0f bytes/s from probes alone", m.capacity)
 		}
-		if got := m.delay(2*time.Hour, 1<<20); got != 10*time.Millisecond {
+		m.sent(2*time.Hour, 1<<20)
+		if got := m.delay(2 * time.Hour); got != 10*time.Millisecond {
 			t.Errorf("delay %v for the first packets, want 10ms", got)
 		}
 	})
 	t.Run("a small flow in the queue of others", func(t *testing.T) {
 		var m model
-		m.answered(time.Hour-time.Second, time.Hour-time.Second+10*time.Millisecond, 0)
+		m.answered(time.Hour-time.Second, time.Hour-time.Second, time.Hour-time.Second+10*time.Millisecond, probeMark{})
 		for at := time.Duration(0); at < 10*time.Second; at += 100 * time.Millisecond {
-			m.answered(time.Hour+at, time.Hour+at+50*time.Millisecond, uint64(at/time.Millisecond)*10) // 80 kbit/s
+			m.answered(time.Hour+at, time.Hour+at, time.Hour+at+50*time.Millisecond, probeMark{bytes: uint64(at/time.Millisecond) * 10}) // 80 kbit/s
 		}
 		if m.capacity != 0 {
 			t.Errorf("capacity %.2f Mbit/s from a flow of 0.08", m.capacity/mbit)

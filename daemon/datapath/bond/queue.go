@@ -457,7 +457,7 @@ func (s *sender) send(m []byte, packet bool) error {
 	s.mutex.Lock()
 	s.meter.sent(len(m), now)
 	s.mutex.Unlock()
-	s.link.noteSent(len(m), packet)
+	s.link.noteSent(len(m), packet, now)
 	return nil
 }
 
