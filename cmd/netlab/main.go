@@ -62,7 +62,9 @@ func run(args []string) int {
 	benchCommand := &cobra.Command{Use: "bench", Short: "Measure", Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error { return bench(c.Context(), binaries, only) }}
 	benchCommand.Flags().StringVar(&only, "only", "", "one part: shaped, packets, small, many or unshaped")
-	root.AddCommand(demoCommand, benchCommand)
+	awakeCommand := &cobra.Command{Use: "awake", Hidden: true, Short: "Keep the processors from sleeping, until killed", Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error { return stayAwake(c.Context()) }}
+	root.AddCommand(demoCommand, benchCommand, awakeCommand)
 	root.SetArgs(args)
 	err = root.ExecuteContext(ctx)
 	switch {

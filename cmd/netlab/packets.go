@@ -14,7 +14,8 @@ import (
 // What is not TCP, each kind measured over the best uplink alone and then over
 // the bond:
 //
-//	probe   LAN ─ 50/s × 200 bytes ─▶ echo on the server ─▶ LAN    idle, beside a download, with uplink1 black-holed
+//	probe   LAN ─ 50/s × 200 bytes ─▶ echo on the server ─▶ LAN    idle, beside a download, with uplink1 black-holed;
+//	        no processor sleeps meanwhile (awake.go)
 //	bulk    LAN ─ 90 Mbit/s of payload, one way ─▶ server, and back
 //	QUIC    server ─ one download ─▶ LAN
 const (
@@ -40,7 +41,7 @@ func benchPackets(ctx context.Context, binaries string) error {
 	for _, u := range uplinks {
 		sum += u.Rate
 	}
-	fmt.Printf("UDP and QUIC from the LAN, same uplinks. Probe: %.0f/s of %d bytes for %v. Bulk: %.0f Mbit/s of payload offered for %v, the first %v left out.\n\n",
+	fmt.Printf("UDP and QUIC from the LAN, same uplinks. Probe: %.0f/s of %d bytes for %v. Bulk: %.0f Mbit/s of payload offered for %v, the first %v left out. No processor sleeps during the probes.\n\n",
 		interactive.Rate, interactive.Size, probeTime, bulkRate/1e6, bulkTime, bulkSettle)
 	fmt.Printf("%-46s %14s %24s\n", "", "", "target")
 	line := func(what, figure, target string) { fmt.Printf("%-46s %14s %24s\n", what, figure, target) }
@@ -156,13 +157,17 @@ func (h *packetHosts) close() error {
 
 func serverAddress(port int) string { return fmt.Sprintf("%s:%d", netlab.ServerAddress, port) }
 
-func (h *packetHosts) probe(ctx context.Context) (netlab.ProbeResult, error) {
+func (h *packetHosts) probe(ctx context.Context) (r netlab.ProbeResult, err error) {
 	c, err := h.lab.LAN.Dial(ctx, "udp", serverAddress(echoPort))
 	if err != nil {
-		return netlab.ProbeResult{}, err
+		return r, err
 	}
 	defer func() { _ = c.Close() }()
-	return interactive.Run(ctx, c)
+	err = whileAwake(h.lab, func() error {
+		r, err = interactive.Run(ctx, c)
+		return err
+	})
+	return r, err
 }
 
 // probeBesideDownload also returns the rate of the TCP download, in bit/s.
