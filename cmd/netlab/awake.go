@@ -14,7 +14,7 @@ import (
 // whileAwake runs f while no processor sleeps. A virtual machine's processor that
 // idles takes up to milliseconds to be run again by its host, a dozen times on a
 // packet's way through the bond, four times without: that is the host's delay and
-// not the bond's.
+// not the bond's. Only for what needs little of the processors.
 func whileAwake(lab *netlab.Lab, f func() error) error {
 	p, err := lab.Core.Start(lab.Core.Command("/proc/self/exe", "awake"))
 	if err != nil {

@@ -14,8 +14,7 @@ import (
 // What is not TCP, each kind measured over the best uplink alone and then over
 // the bond:
 //
-//	probe   LAN ─ 50/s × 200 bytes ─▶ echo on the server ─▶ LAN    idle, beside a download, with uplink1 black-holed;
-//	        no processor sleeps meanwhile (awake.go)
+//	probe   LAN ─ 50/s × 200 bytes ─▶ echo on the server ─▶ LAN    idle (awake.go), beside a download, with uplink1 black-holed
 //	bulk    LAN ─ 90 Mbit/s of payload, one way ─▶ server, and back
 //	QUIC    server ─ one download ─▶ LAN
 const (
@@ -41,7 +40,7 @@ func benchPackets(ctx context.Context, binaries string) error {
 	for _, u := range uplinks {
 		sum += u.Rate
 	}
-	fmt.Printf("UDP and QUIC from the LAN, same uplinks. Probe: %.0f/s of %d bytes for %v. Bulk: %.0f Mbit/s of payload offered for %v, the first %v left out. No processor sleeps during the probes.\n\n",
+	fmt.Printf("UDP and QUIC from the LAN, same uplinks. Probe: %.0f/s of %d bytes for %v. Bulk: %.0f Mbit/s of payload offered for %v, the first %v left out. No processor sleeps during an idle probe.\n\n",
 		interactive.Rate, interactive.Size, probeTime, bulkRate/1e6, bulkTime, bulkSettle)
 	fmt.Printf("%-46s %14s %24s\n", "", "", "target")
 	line := func(what, figure, target string) { fmt.Printf("%-46s %14s %24s\n", what, figure, target) }
@@ -54,7 +53,7 @@ func benchPackets(ctx context.Context, binaries string) error {
 		if err := h.listen(); err != nil {
 			return err
 		}
-		alone, err := h.probe(ctx)
+		alone, err := h.probeIdle(ctx)
 		if err != nil {
 			return err
 		}
@@ -68,7 +67,7 @@ func benchPackets(ctx context.Context, binaries string) error {
 		line("best uplink alone, QUIC download", fmt.Sprintf("%.1f Mbit/s", aloneQUIC.Rate()/1e6), "")
 
 		return withBond(lab, binaries, func(d *deploy.Deployment) error {
-			idle, err := h.probe(ctx)
+			idle, err := h.probeIdle(ctx)
 			if err != nil {
 				return err
 			}
@@ -163,8 +162,12 @@ func (h *packetHosts) probe(ctx context.Context) (r netlab.ProbeResult, err erro
 		return r, err
 	}
 	defer func() { _ = c.Close() }()
+	return interactive.Run(ctx, c)
+}
+
+func (h *packetHosts) probeIdle(ctx context.Context) (r netlab.ProbeResult, err error) {
 	err = whileAwake(h.lab, func() error {
-		r, err = interactive.Run(ctx, c)
+		r, err = h.probe(ctx)
 		return err
 	})
 	return r, err

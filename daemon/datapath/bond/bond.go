@@ -30,7 +30,7 @@ const (
 	stall = 40 * time.Millisecond
 	// Interactive packets make a flow from presentRate a second on, and until
 	// presentTime after.
-	presentRate = 10
+	presentRate = 5
 	presentTime = 5 * time.Second
 	// MaxHeadroom is the largest Config.Headroom, bytes.
 	MaxHeadroom = maxHeadroom
