@@ -42,6 +42,7 @@ type model struct {
 	left, arrived time.Duration // by the sender's and the receiver's clock
 	bytes         uint64        // sent before it
 	queued        time.Duration // how long it stood in the queue
+	standing      time.Duration // the same, or that of the one before if it is less
 	ours          bool          // the queue is of what this end sent, mostly
 }
 
@@ -101,6 +102,10 @@ func (m *model) answered(now, left, arrived time.Duration, at probeMark) {
 	m.ours = queued <= queueKnown || m.takes(at.bytes-m.bytes) > (left-m.left)/2
 	m.learn(arrived, at.bytes, queued > queueKnown)
 	m.correct(now, queued, at)
+	m.standing = queued
+	if m.known {
+		m.standing = min(queued, m.queued)
+	}
 	m.known = true
 	m.left, m.arrived, m.bytes, m.queued = left, arrived, at.bytes, queued
 }
@@ -155,11 +160,12 @@ func (m *model) learn(arrived time.Duration, bytes uint64, queue bool) {
 func (m *model) base() time.Duration { return min(m.least, m.leastBefore) }
 
 // delay predicts how long a packet takes that leaves now. A queue of others is
-// taken to stay as it is.
+// taken to stay as it is, once two probes have met it: one alone may have been
+// late for any reason.
 func (m *model) delay(now time.Duration) time.Duration {
 	queued := max(m.backlog-(now-m.at), 0)
 	if !m.ours {
-		queued = max(queued, m.queued)
+		queued = max(queued, m.standing)
 	}
 	return m.base() + queued
 }

@@ -169,6 +169,22 @@ func TestModelKeepsTheQueueOfOthers(t *testing.T) {
 	}
 }
 
+func TestModelDoesNotBelieveOneLateProbe(t *testing.T) {
+	var m model
+	for i, late := range []time.Duration{0, 0, 40, 0, 40, 30} {
+		left := time.Hour + time.Duration(i)*100*time.Millisecond
+		arrived := left + (10+late)*time.Millisecond
+		m.answered(arrived, left, arrived, probeMark{})
+		want := 10 * time.Millisecond
+		if i == 5 { // the second in a row: the queue is there
+			want += 30 * time.Millisecond
+		}
+		if got := m.delay(arrived); got != want {
+			t.Errorf("delay %v after probe %d, want %v", got, i, want)
+		}
+	}
+}
+
 func TestModelForgetsWhenAClockWasSet(t *testing.T) {
 	var m model
 	m.answered(time.Hour, time.Hour, time.Hour+10*time.Millisecond, probeMark{})
