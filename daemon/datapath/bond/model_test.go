@@ -171,9 +171,9 @@ func TestModelKeepsTheQueueOfOthers(t *testing.T) {
 
 func TestModelDoesNotBelieveOneLateProbe(t *testing.T) {
 	var m model
-	for i, late := range []time.Duration{0, 0, 40, 0, 40, 30} {
+	for i, late := range []int{0, 0, 40, 0, 40, 30} { // ms
 		left := time.Hour + time.Duration(i)*100*time.Millisecond
-		arrived := left + (10+late)*time.Millisecond
+		arrived := left + time.Duration(10+late)*time.Millisecond
 		m.answered(arrived, left, arrived, probeMark{})
 		want := 10 * time.Millisecond
 		if i == 5 { // the second in a row: the queue is there
