@@ -72,6 +72,7 @@ func (m *model) takes(bytes uint64) time.Duration {
 	return time.Duration(float64(bytes) / m.capacity * float64(time.Second))
 }
 
+// advance lets the queue empty until now.
 func (m *model) advance(now time.Duration) {
 	m.backlog -= now - m.at
 	m.at = now
