@@ -39,11 +39,11 @@ type model struct {
 	at, backlog, idle, corrected time.Duration
 
 	// Of the newest probe that was answered.
-	left, arrived time.Duration // by the sender's and the receiver's clock
-	bytes         uint64        // sent before it
-	queued        time.Duration // how long it stood in the queue
-	standing      time.Duration // the same, or that of the one before if it is less
-	ours          bool          // the queue is of what this end sent, mostly
+	left     time.Duration
+	bytes    uint64        // sent before it
+	queued   time.Duration // how long it stood in the queue
+	standing time.Duration // the same, or that of the one before if it is less
+	ours     bool          // the queue is of what this end sent, mostly
 }
 
 // probeMark is what a model took the queue for when a probe left.
@@ -108,7 +108,7 @@ func (m *model) answered(now, left, arrived time.Duration, at probeMark) {
 		m.standing = min(queued, m.queued)
 	}
 	m.known = true
-	m.left, m.arrived, m.bytes, m.queued = left, arrived, at.bytes, queued
+	m.left, m.bytes, m.queued = left, at.bytes, queued
 }
 
 // correct puts the queue right by what a probe found. What is known of the time

@@ -102,14 +102,21 @@ func TestModelPredictsTheQueue(t *testing.T) {
 	}
 }
 
+// knownFifo is a link that was filled once, so that its capacity is known, and is
+// empty at the moment returned.
+func knownFifo(mbit float64, base time.Duration) (*fifo, time.Duration) {
+	rate := mbit * 1e6 / 8
+	f := &fifo{rate: rate, base: base}
+	f.drive(time.Hour, 1.2*rate, 500*time.Millisecond, 0)
+	now := time.Hour + 2*time.Second
+	f.hear(now)
+	return f, now
+}
+
 func TestModelPredictsBurstsOnAnIdleLink(t *testing.T) {
 	// The time before a burst does not make room for it: 40 packets after 60 ms of
 	// silence stand in the queue as if they were the first.
-	const mbit = 1e6 / 8
-	f := &fifo{rate: 20 * mbit, base: 40 * time.Millisecond}
-	f.drive(time.Hour, 30*mbit, 500*time.Millisecond, 0)
-	now := time.Hour + 2*time.Second
-	f.hear(now)
+	f, now := knownFifo(20, 40*time.Millisecond)
 	for range 20 {
 		f.probe(now)
 		now += 60 * time.Millisecond
@@ -127,10 +134,7 @@ func TestModelPredictsBurstsOnAnIdleLink(t *testing.T) {
 func TestModelIsPutRightOnce(t *testing.T) {
 	// Probes that were under way when the first of them told of a queue tell of the
 	// same one.
-	const mbit = 1e6 / 8
-	f := &fifo{rate: 50 * mbit, base: 20 * time.Millisecond}
-	f.drive(time.Hour, 60*mbit, 500*time.Millisecond, 0)
-	now := time.Hour + 2*time.Second
+	f, now := knownFifo(50, 20*time.Millisecond)
 	f.probe(now)
 	f.hear(now + time.Second)
 	now += time.Second
@@ -146,14 +150,25 @@ func TestModelIsPutRightOnce(t *testing.T) {
 	if f.model.corrected > 85*time.Millisecond {
 		t.Errorf("put right by %v for a queue of 80ms", f.model.corrected)
 	}
+
+	// The same with a burst behind it, which is there when the answers come.
+	now += time.Second
+	f.hear(now)
+	f.foreign(now, 500_000)
+	for range 5 {
+		f.probe(now)
+		now += time.Millisecond
+	}
+	f.send(now, 1_250_000) // 200 ms
+	now += 130 * time.Millisecond
+	f.hear(now)
+	if predicted, took := f.model.delay(now), f.free+f.base-now; (predicted - took).Abs() > 10*time.Millisecond {
+		t.Errorf("a packet would take %v, %v is predicted", took, predicted)
+	}
 }
 
 func TestModelKeepsTheQueueOfOthers(t *testing.T) {
-	const mbit = 1e6 / 8
-	f := &fifo{rate: 50 * mbit, base: 10 * time.Millisecond}
-	f.drive(time.Hour, 60*mbit, 500*time.Millisecond, 0)
-	now := time.Hour + 2*time.Second
-	f.hear(now)
+	f, now := knownFifo(50, 10*time.Millisecond)
 	f.foreign(now, 250_000) // 40 ms, and kept so
 	for i := range 1000 {
 		f.foreign(now, 6250)
