@@ -20,6 +20,7 @@ import (
 	"sheaf/daemon/datapath/bond"
 	"sheaf/daemon/datapath/tun"
 	"sheaf/daemon/datapath/tunnel"
+	"sheaf/daemon/datapath/uplink"
 )
 
 // The path of a LAN packet that is not TCP, and of the answer to it:
@@ -66,6 +67,8 @@ type packets struct {
 	changed func()        // what is wanted of the kernel has changed
 	reach   func(up bool) // the concentrator does or does not answer
 	calm    func(bool)    // interactive packets are under way
+	// supervised follows each look at the carriers.
+	supervised func()
 
 	device   tun.Kept
 	stopping atomic.Bool
@@ -101,11 +104,13 @@ type standing struct {
 type carrier struct {
 	path   tunnel.Path
 	cancel context.CancelFunc
-	link   *bond.Link // nil while there is none
-	reason error      // why there is none
-	unfit  time.Time  // since when; zero while fit
-	silent bool       // the present connection was ended for that
-	reset  func()     // ends the present connection
+	link   *bond.Link    // nil while there is none
+	reason error         // why there is none
+	proven bool          // the link was fit at some time
+	unfit  time.Time     // since when; zero while fit
+	silent bool          // the present connection was ended for that
+	reset  func()        // ends the present connection
+	again  chan struct{} // dial now
 }
 
 var errSilent = errors.New("it has fallen silent; being tried again")
@@ -114,7 +119,7 @@ func newPackets(log *slog.Logger) *packets {
 	p := &packets{log: log, id: rand.Uint64(), wake: make(chan struct{}, 1), carriers: map[string]*carrier{}, standing: map[string]standing{}}
 	p.device = tun.Kept{Name: desired.TunnelName, Queues: tunQueues, Receive: p.fromLAN, Changed: func() { p.changed() }, Log: log}
 	p.bond = bond.New(bond.Config{
-		Log: log, Deliver: p.device.Write, Accept: p.accept,
+		Log: log, Deliver: p.device.Write, Accept: p.accept, Changed: p.kick,
 		Alive: func(up bool) {
 			switch {
 			case p.stopping.Load():
@@ -212,12 +217,13 @@ func (p *packets) keepCarriers(ctx context.Context, work *sync.WaitGroup) {
 				continue
 			}
 			each, cancel := context.WithCancel(ctx)
-			c := &carrier{path: path, cancel: cancel}
+			c := &carrier{path: path, cancel: cancel, again: make(chan struct{}, 1)}
 			p.carriers[name] = c
 			work.Go(func() { p.keep(each, peer, c) })
 		}
 		p.superviseLocked(time.Now())
 		p.mu.Unlock()
+		p.supervised()
 		select {
 		case <-ctx.Done():
 			return
@@ -257,19 +263,77 @@ func (p *packets) superviseLocked(now time.Time) {
 	p.tellLocked()
 	for name, c := range p.carriers {
 		if c.link == nil {
-			c.unfit = time.Time{}
+			c.unfit, c.proven = time.Time{}, false
 			continue
 		}
 		c.link.SetBackup(c.path.Backup || name == "" && !streamNeeded)
 		switch {
 		case c.link.Fit():
-			c.unfit = time.Time{}
+			c.unfit, c.proven = time.Time{}, true
 		case c.unfit.IsZero():
 			c.unfit = now
 		case now.Sub(c.unfit) > silentTime:
 			c.unfit = time.Time{}
 			c.silent = true
 			c.reset()
+		}
+	}
+}
+
+// signs gives what is known of each uplink's way, by name.
+func (p *packets) signs() map[string]uplink.Signs {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	lives := map[string]bond.Life{}
+	for name, c := range p.carriers {
+		if name != "" && c.link != nil {
+			lives[name] = c.link.Life()
+		}
+	}
+	signs := map[string]uplink.Signs{}
+	for name, c := range p.carriers {
+		if name == "" {
+			continue
+		}
+		life := lives[name]
+		s := uplink.Signs{Carries: life.Fit, Heard: life.Heard}
+		if c.proven && !life.Fit {
+			s.SilentSince = life.Asked
+		}
+		for other, l := range lives {
+			// What came a round trip after that question was sent by a concentrator
+			// that could have answered it.
+			if other != name && l.Heard.Add(-l.RTT).After(s.SilentSince) {
+				s.Others = true
+			}
+		}
+		signs[name] = s
+	}
+	return signs
+}
+
+// heard says when anything last came over each uplink in use.
+func (p *packets) heard() map[string]uplink.Heard {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	heard := map[string]uplink.Heard{}
+	for name, c := range p.carriers {
+		if name != "" && !c.path.Backup && c.link != nil && c.proven {
+			life := c.link.Life()
+			heard[name] = uplink.Heard{Last: life.Heard, RTT: life.MinRTT}
+		}
+	}
+	return heard
+}
+
+// redial has the uplink's carrier dialled now, if it is to be dialled at all.
+func (p *packets) redial(name string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if c := p.carriers[name]; c != nil {
+		select {
+		case c.again <- struct{}{}:
+		default:
 		}
 	}
 }
@@ -303,8 +367,13 @@ func (p *packets) keep(ctx context.Context, peer *tunnel.Peer, c *carrier) {
 			sleep(ctx, max(0, carrierRetryMin/2-time.Since(begun)))
 			wait = carrierRetryMin
 		default:
-			sleep(ctx, wait)
-			wait = min(2*wait, carrierRetryMax)
+			select {
+			case <-ctx.Done():
+			case <-c.again:
+				wait = carrierRetryMin
+			case <-time.After(wait):
+				wait = min(2*wait, carrierRetryMax)
+			}
 		}
 	}
 }

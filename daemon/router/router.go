@@ -70,6 +70,8 @@ type Router struct {
 
 	packets *packets
 	inbound *tunnel.Inbound
+	silence *silence
+	asking  sync.WaitGroup
 
 	changing sync.Mutex // orders changes of settings and enrolment
 	joined   chan struct{}
@@ -96,7 +98,8 @@ func Run(ctx context.Context, c Config) (err error) {
 	}
 	defer func() { _ = socket.Close() }()
 
-	r := &Router{config: c, log: c.Log, state: st, pool: tunnel.NewPool(c.Log), joined: make(chan struct{}, 1)}
+	r := &Router{config: c, log: c.Log, state: st, pool: tunnel.NewPool(c.Log), joined: make(chan struct{}, 1), silence: newSilence()}
+	defer r.asking.Wait()
 	r.inbound = tunnel.NewInbound(r.pool, r.connect, c.Log)
 	r.packets = newPackets(c.Log)
 	r.packets.reach, r.packets.calm = r.pool.SetReachable, r.pool.SetCalm
@@ -131,6 +134,7 @@ func Run(ctx context.Context, c Config) (err error) {
 	r.setWishes()
 
 	work, ctx := errgroup.WithContext(ctx)
+	r.packets.supervised = func() { r.supervise(ctx) }
 	work.Go(func() error {
 		if err := r.loop.Run(ctx); !errors.Is(err, context.Canceled) {
 			return err
@@ -140,6 +144,7 @@ func Run(ctx context.Context, c Config) (err error) {
 	work.Go(func() error { r.pool.Run(ctx); return nil })
 	work.Go(func() error { r.packets.run(ctx); return nil })
 	work.Go(func() error { r.inbound.Run(ctx); return nil })
+	work.Go(func() error { r.watchFlows(ctx); return nil })
 	work.Go(func() error { r.meter.run(ctx, r.observe, r.pool); return nil })
 	work.Go(func() error { return r.keepJoining(ctx) })
 	work.Go(func() error { return webui.Serve(ctx, socket, webui.NewRouterHandler(r, c.Log)) })
@@ -236,7 +241,7 @@ func (r *Router) want() (desired.State, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.uplinks = statuses
-	return desired.Compile(r.revision.Settings, statuses, uplink.Networks(lan), r.packets.state()), nil
+	return desired.Compile(r.revision.Settings, r.silence.apply(r.revision.Settings, statuses), uplink.Networks(lan), r.packets.state()), nil
 }
 
 // reconciled follows every pass of the loop. Only now may sessions be dialled
@@ -246,9 +251,11 @@ func (r *Router) reconciled(p reconcile.Pass) {
 	r.mu.Lock()
 	r.lastPass = p
 	r.mu.Unlock()
-	paths := r.paths()
-	r.pool.SetPaths(paths)
-	r.packets.setPaths(paths)
+	r.mu.Lock()
+	set, statuses := r.revision.Settings, r.uplinks
+	r.mu.Unlock()
+	r.pool.SetPaths(paths(set, r.silence.apply(set, statuses)))
+	r.packets.setPaths(paths(set, statuses))
 }
 
 // paths are the uplinks that may carry now.

@@ -121,6 +121,7 @@ func (r *Router) Status(ctx context.Context) (webui.Status, error) {
 		Settings: webui.SettingsStatus{Revision: revision.Number},
 		Problems: []string{},
 	}
+	statuses = r.silence.apply(revision.Settings, statuses)
 	s.Uplinks = describeUplinks(revision.Settings, statuses, pool, rates, loss)
 	s.Packets, s.Forwards = r.describePackets(s.Uplinks, revision.Settings)
 	s.DNS = describeDNS(desired.Resolver(revision.Settings, statuses, r.packets.state()))

@@ -71,8 +71,11 @@ type Config struct {
 	Follow bool
 	// Alive is called when the Bond as a whole gains its first live link and when
 	// it loses its last, from one goroutine; may be nil. A Bond begins dead.
-	Alive  func(bool)
-	Timing Timing
+	Alive func(bool)
+	// Changed is called when a link has become fit or unfit; may be nil. It must
+	// not wait.
+	Changed func()
+	Timing  Timing
 	// Log is slog.Default if nil.
 	Log *slog.Logger
 }
@@ -90,6 +93,7 @@ type Bond struct {
 	links   atomic.Pointer[[]*Link]
 	alive   atomic.Bool
 	used    atomic.Int64 // time.Duration: when a packet was last sent or received
+	watched atomic.Int64 // time.Duration: when Watch was last called
 	nextRun atomic.Int64 // time.Duration: when tick is due
 
 	// Guards links, while they change, and closed.
@@ -396,6 +400,23 @@ func (b *Bond) Touch() {
 	b.use(now)
 }
 
+// Watch is Touch, and has every link probed as often as a busy one for a second:
+// somebody else's bytes depend on the same ways.
+func (b *Bond) Watch() {
+	b.Touch()
+	now := b.now()
+	if last := b.watched.Swap(int64(now)); now-time.Duration(last) > time.Second {
+		b.wake()
+	}
+}
+
+// changed tells of a link that has become fit or unfit.
+func (b *Bond) changed() {
+	if b.config.Changed != nil {
+		b.config.Changed()
+	}
+}
+
 // use notes that the Bond is in use.
 func (b *Bond) use(now time.Duration) {
 	if last := time.Duration(b.used.Load()); now-last > 10*time.Millisecond {
@@ -680,6 +701,7 @@ func (b *Bond) tick(now time.Duration) (next time.Duration) {
 func (b *Bond) tickLinks(now time.Duration) (next time.Duration) {
 	links := *b.links.Load()
 	inUse := now-time.Duration(b.used.Load()) < b.timing.IdleAfter
+	watched := now-time.Duration(b.watched.Load()) < time.Second
 	next = now + b.timing.ProbeIdle
 	if inUse {
 		next = min(next, time.Duration(b.used.Load())+b.timing.IdleAfter)
@@ -706,6 +728,7 @@ func (b *Bond) tickLinks(now time.Duration) (next time.Duration) {
 			for _, waiting := range l.drain() {
 				b.resend(waiting)
 			}
+			b.changed()
 		}
 		alarmed = alarmed || !fit && heard && silence < 10*time.Second
 		primaryFit = primaryFit || fit && !l.backup.Load()
@@ -728,7 +751,7 @@ func (b *Bond) tickLinks(now time.Duration) (next time.Duration) {
 		h := &l.health
 		linkUsed := now-time.Duration(l.lastData.Load()) < time.Second
 		every := b.timing.pace(usage{
-			busy:       l.sentBytes.Load()-h.probedBytes > probeBytes,
+			busy:       l.sentBytes.Load()-h.probedBytes > probeBytes || watched && l.kind == Datagram && !l.backup.Load(),
 			linkUsed:   linkUsed,
 			inUse:      inUse,
 			backup:     l.backup.Load() && primaryFit,

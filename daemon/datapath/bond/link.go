@@ -1,6 +1,7 @@
 package bond
 
 import (
+	"cmp"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -247,6 +248,28 @@ func (l *Link) delay(now time.Duration) time.Duration {
 // Fit says whether the link carries packets.
 func (l *Link) Fit() bool { return l.fit.Load() && l.usable.Load() }
 
+// Life is what shows whether a link lives.
+type Life struct {
+	Fit   bool
+	Heard time.Time // when anything last came over it
+	// RTT is smoothed, MinRTT the least of the last half to whole minute.
+	RTT, MinRTT time.Duration
+	// Asked is when the first probe left since anything was heard, or if things are
+	// heard but no answers since one was; zero if none is without an answer.
+	Asked time.Time
+}
+
+// Life tells how the link lives.
+func (l *Link) Life() Life {
+	l.mutex.Lock()
+	defer l.mutex.Unlock()
+	life := Life{Fit: l.Fit(), Heard: l.bond.start.Add(l.health.heard), RTT: l.health.rtt, MinRTT: l.health.lowestRTT()}
+	if asked := cmp.Or(l.health.silent, l.health.unanswered); asked != 0 {
+		life.Asked = l.bond.start.Add(asked)
+	}
+	return life
+}
+
 // sender gives the carrier of a lane, nil if none is left.
 func (l *Link) sender(lane uint8) *sender {
 	senders := *l.senders.Load()
@@ -341,6 +364,7 @@ func (l *Link) arrived(m message, length int, now time.Duration) {
 	}
 	if becameFit {
 		l.bond.logLink(l, "link of the bond is fit")
+		l.bond.changed()
 	}
 	if becameFit || !l.usable.Load() || !l.bond.alive.Load() {
 		l.bond.wake()

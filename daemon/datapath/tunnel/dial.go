@@ -56,6 +56,24 @@ func (p *Peer) greet(ctx context.Context, source netip.Addr, address string, h h
 	return s, w, nil
 }
 
+// Reach says whether the concentrator is reached from the path's own address, as
+// far as WELCOME: that something accepts the connection says little, as proxies of
+// mobile networks and portals of hotels do.
+func (p *Peer) Reach(ctx context.Context, path Path) error {
+	list := attempts([]Path{path}, p.Addresses)
+	if len(list) == 0 {
+		return p.unreachable()
+	}
+	s, _, err := race[*Session]{
+		dial: func(ctx context.Context, a attempt) (*Session, error) { return p.dial(ctx, a.source, a.address) },
+		drop: (*Session).Close,
+	}.run(ctx, list)
+	if err == nil {
+		s.Close()
+	}
+	return err
+}
+
 // race dials over one way after the other, each with a head start over the next.
 type race[T any] struct {
 	dial func(context.Context, attempt) (T, error)

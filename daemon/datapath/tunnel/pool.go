@@ -755,6 +755,47 @@ func (p *Pool) ping(ctx context.Context, s *pooled) {
 	}
 }
 
+// Moved counts the payload bytes of all live sessions, both ways.
+func (p *Pool) Moved() uint64 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var sum uint64
+	for s := range p.sessions {
+		sum += s.sent.Load() + s.received.Load()
+	}
+	return sum
+}
+
+// Heard says for each source address when something last came to it, as the
+// subflows of some sessions in use saw it.
+func (p *Pool) Heard() map[netip.Addr]time.Time {
+	const enough = 8
+	p.mu.Lock()
+	var some []*Session
+	for s := range p.sessions {
+		if s.busy() && s.silence(time.Now()) < time.Second {
+			if some = append(some, s); len(some) == enough {
+				break
+			}
+		}
+	}
+	p.mu.Unlock()
+	heard := map[netip.Addr]time.Time{}
+	for _, s := range some {
+		subflows, err := s.Subflows()
+		if err != nil {
+			continue // it has just been closed
+		}
+		now := time.Now()
+		for _, f := range subflows {
+			if a, at := f.Local.Addr(), now.Add(-f.Silence); at.After(heard[a]) {
+				heard[a] = at
+			}
+		}
+	}
+	return heard
+}
+
 // Status is the state of a pool.
 type Status struct {
 	Up       bool

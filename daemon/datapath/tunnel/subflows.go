@@ -29,6 +29,9 @@ type Subflow struct {
 	MinRTT        time.Duration
 	// Segments counts data segments sent, Retransmitted those sent again.
 	Segments, Retransmitted uint32
+	// Silence is how long nothing came over it, neither data nor acknowledgements;
+	// to the kernel's tick.
+	Silence time.Duration
 }
 
 // Subflows lists the session's subflows; a session over plain TCP has one.
@@ -67,6 +70,7 @@ func (f *Subflow) fill(info *unix.TCPInfo) {
 	f.MinRTT = time.Duration(info.Min_rtt) * time.Microsecond
 	f.Segments = info.Data_segs_out
 	f.Retransmitted = info.Total_retrans
+	f.Silence = time.Duration(min(info.Last_data_recv, info.Last_ack_recv)) * time.Millisecond
 }
 
 func multipathSubflows(fd int) ([]Subflow, error) {

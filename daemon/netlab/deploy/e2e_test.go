@@ -785,6 +785,49 @@ func TestStartsWhileTheBestUplinkIsBlackHoled(t *testing.T) {
 	w.need(w.WaitUp())
 }
 
+// An uplink that looks well and leads nowhere is done without, said so, and used
+// again when it leads somewhere. Where only UDP has ended it stays in use.
+func TestSilentUplink(t *testing.T) {
+	w := up(t)
+	d := w.startDownload(200e6)
+	w.progress(d, 5e6)
+	for i := range w.Lab.Uplinks {
+		w.need(w.Lab.Uplinks[i].BlackHole(true))
+		w.untilUplink(i+1, "is silent", func(u webui.UplinkStatus) bool {
+			return u.State == "unfit" && strings.Contains(u.Reason, "silent") && u.Subflows == 0
+		})
+		w.progress(d, 2e6)
+		w.need(w.Lab.Uplinks[i].BlackHole(false))
+		w.untilUplink(i+1, "carries again", func(u webui.UplinkStatus) bool { return u.State == "carrying" && u.Subflows > 0 })
+		w.carries(d, i+1)
+	}
+	if log := w.log.String(); strings.Count(log, "uplink is silent") < len(w.Lab.Uplinks) || strings.Count(log, "uplink is back") < len(w.Lab.Uplinks) {
+		t.Errorf("the log does not say of every uplink that it was silent and is back")
+	}
+
+	w.need(w.Lab.Uplinks[0].BlockUDP(true))
+	w.untilUplink(1, "carries TCP, and packets in a stream", func(u webui.UplinkStatus) bool {
+		return u.State == "carrying" && u.Carrier == "stream"
+	})
+	w.carries(d, 1)
+
+	// All of them: it is not the uplinks' fault, and nothing is to be lost by it.
+	for _, u := range w.Lab.Uplinks {
+		w.need(u.BlackHole(true))
+	}
+	w.need(w.Until("the tunnel is down", func(s webui.Status) error {
+		if s.Tunnel.State != "down" {
+			return fmt.Errorf("it is %s", s.Tunnel.State)
+		}
+		return nil
+	}))
+	for _, u := range w.Lab.Uplinks {
+		w.need(u.BlackHole(false))
+	}
+	w.need(w.WaitUp())
+	w.progress(d, 5e6)
+}
+
 // The path manager and the switch for MPTCP concern connections yet to come:
 // the pool is renewed, and what is open goes on.
 func TestPathManagerAndSwitch(t *testing.T) {
