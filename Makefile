@@ -31,8 +31,8 @@ demo: need-demo build ## watch one download over one uplink, over three, and whi
 	$(BIN)/netlab demo $(if $(HOLD),--hold)
 
 .PHONY: bench
-bench: build ## the figures, as ratios within one run (PART=shaped, packets, small, many or unshaped for one of them)
-	$(BIN)/netlab bench $(if $(PART),--only $(PART))
+bench: build ## the figures, as ratios within one run (PART=failover for one of them, RUNS=3 for fewer runs; `bin/netlab bench -h` lists the parts)
+	$(BIN)/netlab bench $(if $(PART),--only $(PART)) $(if $(RUNS),--runs $(RUNS))
 
 .PHONY: test
 test: need-test build lint ## everything that must pass: lint, import law, unit tests, end to end in namespaces

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -34,25 +35,52 @@ const (
 	unshapedRuns = 3
 )
 
+type benchOptions struct {
+	binaries string
+	only     string // part; empty for all
+	runs     int    // of what is repeated; 0 for each part's own number
+}
+
+// times is how often to do what is done n times.
+func (o benchOptions) times(n int) int {
+	if o.runs > 0 {
+		return o.runs
+	}
+	return n
+}
+
+// parts are those of bench, in its order.
+var parts = []struct {
+	name string
+	run  func(context.Context, benchOptions) error
+}{
+	{"shaped", benchShaped}, {"packets", benchPackets}, {"small", benchSmall}, {"failover", benchFailover},
+	{"many", benchMany}, {"unshaped", benchUnshaped},
+}
+
+func partNames() string {
+	var names []string
+	for _, p := range parts {
+		names = append(names, p.name)
+	}
+	return strings.Join(names, ", ")
+}
+
 // bench runs the parts one after the other, each in a lab of its own.
-func bench(ctx context.Context, binaries, only string) error {
-	parts := []struct {
-		name string
-		run  func(context.Context, string) error
-	}{{"shaped", benchShaped}, {"packets", benchPackets}, {"small", benchSmall}, {"many", benchMany}, {"unshaped", benchUnshaped}}
+func bench(ctx context.Context, o benchOptions) error {
 	ran := false
 	for _, p := range parts {
-		if only != "" && only != p.name {
+		if o.only != "" && o.only != p.name {
 			continue
 		}
 		ran = true
-		if err := p.run(ctx, binaries); err != nil {
+		if err := p.run(ctx, o); err != nil {
 			return fmt.Errorf("%s: %w", p.name, err)
 		}
 		fmt.Println()
 	}
 	if !ran {
-		return fmt.Errorf("there is no part %q: shaped, packets, small, many or unshaped", only)
+		return fmt.Errorf("there is no part %q: %s", o.only, partNames())
 	}
 	return nil
 }
@@ -103,14 +131,15 @@ func withBond(lab *netlab.Lab, binaries string, f func(*deploy.Deployment) error
 }
 
 // benchShaped moves 80 MB over the demo's uplinks.
-func benchShaped(ctx context.Context, binaries string) error {
+func benchShaped(ctx context.Context, o benchOptions) error {
+	runs := o.times(shapedRuns)
 	limit := payloadLimit(uplinks)
 	fmt.Printf("One TCP connection, %.0f MB, uplinks 50 Mbit/s 10 ms, 30 Mbit/s 20 ms, 20 Mbit/s 40 ms (one way), 100 ms queues.\n", shapedSize/1e6)
-	fmt.Printf("Ratio to the payload limit of their sum, %.1f Mbit/s; median of %d.\n\n", limit/1e6, shapedRuns)
+	fmt.Printf("Ratio to the payload limit of their sum, %.1f Mbit/s; median of %d.\n\n", limit/1e6, runs)
 	fmt.Printf("%-34s %10s %16s\n", "", "whole", "after 2 s")
-	show := func(name string, upload bool, dial func(context.Context) (net.Conn, error)) error {
+	show := func(name string, upload bool, dial dialFunc) error {
 		var whole, steady []float64
-		for range shapedRuns {
+		for range runs {
 			samples, err := transfer(ctx, dial, upload, shapedSize)
 			if err != nil {
 				return err
@@ -118,11 +147,7 @@ func benchShaped(ctx context.Context, binaries string) error {
 			w, s := rates(samples)
 			whole, steady = append(whole, w/limit), append(steady, s/limit)
 		}
-		direction := "download"
-		if upload {
-			direction = "upload"
-		}
-		fmt.Printf("%-34s %10.3f %16.3f\n", name+", "+direction, median(whole), median(steady))
+		fmt.Printf("%-34s %10.3f %16.3f\n", name+", "+direction(upload), median(whole), median(steady))
 		return nil
 	}
 	return withLab(netlab.Config{Uplinks: uplinks, Seed: 1}, func(lab *netlab.Lab) error {
@@ -132,22 +157,27 @@ func benchShaped(ctx context.Context, binaries string) error {
 			}
 		}
 		err := withEndpoints(ctx, lab, func() error {
-			multipath := func(ctx context.Context) (net.Conn, error) {
-				d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(lab.Uplinks[0].Address())}}
-				d.SetMultipathTCP(true)
-				return lab.Router.DialWith(ctx, d, "tcp", fmt.Sprintf("%s:%d", netlab.ServerAddress, transferPort+1))
-			}
+			multipath := multipathDialer(lab, transferPort+1)
 			return errors.Join(show("kernel MPTCP end to end", false, multipath), show("kernel MPTCP end to end", true, multipath))
 		})
 		if err != nil {
 			return err
 		}
-		return withBond(lab, binaries, func(*deploy.Deployment) error {
+		return withBond(lab, o.binaries, func(*deploy.Deployment) error {
 			return errors.Join(
 				show("Sheaf", false, dialer(lab.LAN)),
 				show("Sheaf", true, dialer(lab.LAN)))
 		})
 	})
+}
+
+// multipathDialer connects the router itself to a server that takes MPTCP.
+func multipathDialer(lab *netlab.Lab, port int) dialFunc {
+	return func(ctx context.Context) (net.Conn, error) {
+		d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(lab.Uplinks[0].Address())}}
+		d.SetMultipathTCP(true)
+		return lab.Router.DialWith(ctx, d, "tcp", serverAddress(port))
+	}
 }
 
 // withEndpoints runs f with the router's kernel set up for MPTCP on every
@@ -189,11 +219,12 @@ func withEndpoints(ctx context.Context, lab *netlab.Lab, f func() error) (err er
 }
 
 // benchSmall fetches 10 kB, each time on a new connection.
-func benchSmall(ctx context.Context, binaries string) error {
-	fmt.Printf("A fetch of %.0f kB, each on a new LAN connection, same uplinks; median of %d.\n\n", smallSize/1e3, smallRuns)
-	fetch := func(dial func(context.Context) (net.Conn, error)) (time.Duration, error) {
+func benchSmall(ctx context.Context, o benchOptions) error {
+	runs := o.times(smallRuns)
+	fmt.Printf("A fetch of %.0f kB, each on a new LAN connection, same uplinks; median of %d.\n\n", smallSize/1e3, runs)
+	fetch := func(dial dialFunc) (time.Duration, error) {
 		var times []time.Duration
-		for range smallRuns {
+		for range runs {
 			samples, err := transfer(ctx, dial, false, smallSize)
 			if err != nil {
 				return 0, err
@@ -208,7 +239,7 @@ func benchSmall(ctx context.Context, binaries string) error {
 		if err != nil {
 			return err
 		}
-		return withBond(lab, binaries, func(*deploy.Deployment) error {
+		return withBond(lab, o.binaries, func(*deploy.Deployment) error {
 			bonded, err := fetch(dialer(lab.LAN))
 			if err != nil {
 				return err
@@ -221,10 +252,10 @@ func benchSmall(ctx context.Context, binaries string) error {
 }
 
 // benchMany opens many connections at once, then fetches over each.
-func benchMany(ctx context.Context, binaries string) error {
+func benchMany(ctx context.Context, o benchOptions) error {
 	fmt.Printf("%d LAN connections open at once, then %.0f kB over each, same uplinks.\n\n", manyFlows, manySize/1e3)
 	return withLab(netlab.Config{Uplinks: uplinks, Seed: 1}, func(lab *netlab.Lab) error {
-		return withBond(lab, binaries, func(d *deploy.Deployment) error {
+		return withBond(lab, o.binaries, func(d *deploy.Deployment) error {
 			connections := make([]net.Conn, manyFlows)
 			defer func() {
 				for _, c := range connections {
@@ -281,8 +312,9 @@ func benchMany(ctx context.Context, binaries string) error {
 }
 
 // benchUnshaped moves 2 GB over plain veth uplinks.
-func benchUnshaped(ctx context.Context, binaries string) error {
-	fmt.Printf("One TCP connection, %.0f GB, unshaped uplinks; client, server and both daemons on this machine; best of %d.\n\n", unshapedSize/1e9, unshapedRuns)
+func benchUnshaped(ctx context.Context, o benchOptions) error {
+	runs := o.times(unshapedRuns)
+	fmt.Printf("One TCP connection, %.0f GB, unshaped uplinks; client, server and both daemons on this machine; best of %d.\n\n", unshapedSize/1e9, runs)
 	return withLab(netlab.Config{Uplinks: make([]netlab.Shape, len(uplinks)), Unshaped: true}, func(lab *netlab.Lab) error {
 		samples, err := transfer(ctx, dialer(lab.LAN), false, unshapedSize)
 		if err != nil {
@@ -290,10 +322,10 @@ func benchUnshaped(ctx context.Context, binaries string) error {
 		}
 		plain, _ := rates(samples)
 		fmt.Printf("%-34s %10.2f Gbit/s\n", "no proxy, one uplink", plain/1e9)
-		return withBond(lab, binaries, func(d *deploy.Deployment) error {
+		return withBond(lab, o.binaries, func(d *deploy.Deployment) error {
 			for _, upload := range []bool{false, true} {
 				best, cost := 0.0, 0.0
-				for range unshapedRuns {
+				for range runs {
 					before, err := cpu(d)
 					if err != nil {
 						return err
@@ -310,11 +342,7 @@ func benchUnshaped(ctx context.Context, binaries string) error {
 						best, cost = whole, (after-before).Seconds()/(unshapedSize/1e9)
 					}
 				}
-				direction := "Sheaf, download"
-				if upload {
-					direction = "Sheaf, upload"
-				}
-				fmt.Printf("%-34s %10.2f Gbit/s   %.2f CPU-s per GB, both daemons   %.2f of no proxy\n", direction, best/1e9, cost, best/plain)
+				fmt.Printf("%-34s %10.2f Gbit/s   %.2f CPU-s per GB, both daemons   %.2f of no proxy\n", "Sheaf, "+direction(upload), best/1e9, cost, best/plain)
 			}
 			return nil
 		})

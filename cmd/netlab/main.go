@@ -63,10 +63,14 @@ func run(args []string) int {
 		RunE: func(c *cobra.Command, _ []string) error { return demo(c.Context(), binaries, options) }}
 	demoCommand.Flags().IntVar(&options.megabytes, "megabytes", 60, "size of each download")
 	demoCommand.Flags().BoolVar(&options.hold, "hold", false, "keep the lab up until Ctrl-C")
-	var only string
+	var measure benchOptions
 	benchCommand := &cobra.Command{Use: "bench", Short: "Measure", Args: cobra.NoArgs,
-		RunE: func(c *cobra.Command, _ []string) error { return bench(c.Context(), binaries, only) }}
-	benchCommand.Flags().StringVar(&only, "only", "", "one part: shaped, packets, small, many or unshaped")
+		RunE: func(c *cobra.Command, _ []string) error {
+			measure.binaries = binaries
+			return bench(c.Context(), measure)
+		}}
+	benchCommand.Flags().StringVar(&measure.only, "only", "", "one part: "+partNames())
+	benchCommand.Flags().IntVar(&measure.runs, "runs", 0, "how often to repeat what is repeated; 0 is each part's own number")
 	awakeCommand := &cobra.Command{Use: "awake", Hidden: true, Short: "Keep the processors from sleeping, until killed", Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error { return stayAwake(c.Context()) }}
 	root.AddCommand(demoCommand, benchCommand, awakeCommand)

@@ -35,7 +35,7 @@ const (
 var interactive = netlab.Probe{Rate: 50, Size: 200, Duration: probeTime}
 
 // benchPackets measures UDP and QUIC over the demo's uplinks.
-func benchPackets(ctx context.Context, binaries string) error {
+func benchPackets(ctx context.Context, o benchOptions) error {
 	sum := 0.0
 	for _, u := range uplinks {
 		sum += u.Rate
@@ -66,7 +66,7 @@ func benchPackets(ctx context.Context, binaries string) error {
 		}
 		line("best uplink alone, QUIC download", fmt.Sprintf("%.1f Mbit/s", aloneQUIC.Rate()/1e6), "")
 
-		return withBond(lab, binaries, func(d *deploy.Deployment) error {
+		return withBond(lab, o.binaries, func(d *deploy.Deployment) error {
 			idle, err := h.probeIdle(ctx)
 			if err != nil {
 				return err
@@ -182,7 +182,6 @@ func (h *packetHosts) probeBesideDownload(ctx context.Context) (r netlab.ProbeRe
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		const endless = 1 << 40
 		samples, failed = transfer(ctx, dialer(h.lab.LAN), false, endless)
 	}()
 	select {

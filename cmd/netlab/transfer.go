@@ -18,6 +18,7 @@ import (
 // sends as many, or reads as many and answers with one byte.
 const (
 	uploadBit    = 1 << 63
+	endless      = 1 << 40 // bytes: until somebody ends it
 	transferPort = 5001
 )
 
@@ -86,7 +87,7 @@ func (s *transferServer) serve(c net.Conn) error {
 	}
 }
 
-// receive reads size bytes and notes how they arrived.
+// receive reads size bytes and notes every read.
 func receive(c net.Conn, size int64, begin time.Time) ([]sample, error) {
 	buffer := make([]byte, 256<<10)
 	samples := []sample{{}}
@@ -94,9 +95,8 @@ func receive(c net.Conn, size int64, begin time.Time) ([]sample, error) {
 	for total < size {
 		n, err := c.Read(buffer[:min(int64(len(buffer)), size-total)])
 		total += int64(n)
-		at := time.Since(begin)
-		if last := samples[len(samples)-1]; at-last.at >= 10*time.Millisecond || total == size {
-			samples = append(samples, sample{at, total})
+		if n > 0 {
+			samples = append(samples, sample{time.Since(begin), total})
 		}
 		if err != nil {
 			return samples, fmt.Errorf("after %d of %d bytes: %w", total, size, err)
@@ -120,7 +120,7 @@ func readSamples(r io.Reader) ([]sample, error) {
 	if err := binary.Read(r, binary.BigEndian, &count); err != nil {
 		return nil, err
 	}
-	if count > 1<<20 {
+	if count > 1<<24 {
 		return nil, errors.New("too many samples")
 	}
 	raw := make([]byte, int(count)*16)
@@ -134,9 +134,19 @@ func readSamples(r io.Reader) ([]sample, error) {
 	return samples, nil
 }
 
+// A dialFunc makes a transfer's connection.
+type dialFunc func(context.Context) (net.Conn, error)
+
+func direction(upload bool) string {
+	if upload {
+		return "upload"
+	}
+	return "download"
+}
+
 // transfer moves size bytes over a new connection. The samples are taken where
 // the bytes arrive; a download's clock starts before the connection is opened.
-func transfer(ctx context.Context, dial func(context.Context) (net.Conn, error), upload bool, size int64) ([]sample, error) {
+func transfer(ctx context.Context, dial dialFunc, upload bool, size int64) ([]sample, error) {
 	begin := time.Now()
 	c, err := dial(ctx)
 	if err != nil {
@@ -188,7 +198,7 @@ func rates(samples []sample) (whole, steady float64) {
 }
 
 // dialer returns a function that connects from a host to the transfer server.
-func dialer(h *netlab.Host) func(context.Context) (net.Conn, error) {
+func dialer(h *netlab.Host) dialFunc {
 	address := fmt.Sprintf("%s:%d", netlab.ServerAddress, transferPort)
 	return func(ctx context.Context) (net.Conn, error) {
 		return h.Dial(ctx, "tcp", address)

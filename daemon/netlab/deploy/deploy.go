@@ -17,6 +17,7 @@ import (
 	"strings"
 	"time"
 
+	"sheaf/daemon/control/settings"
 	"sheaf/daemon/netlab"
 	"sheaf/webui"
 )
@@ -201,6 +202,14 @@ func (d *Deployment) Status() (webui.Status, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
 	return webui.NewClient(d.Socket()).Status(ctx)
+}
+
+// SetMode sets an uplink's mode as the operator would: on, off or backup.
+func (d *Deployment) SetMode(u *netlab.Uplink, mode string) error {
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	_, err := webui.NewClient(d.Socket()).SetUplinkMode(ctx, fmt.Sprintf("uplink%d", u.Number), settings.Mode(mode))
+	return err
 }
 
 // Sheafctl runs sheafctl against the router.
