@@ -8,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	"sheaf/daemon/control/desired"
 	"sheaf/daemon/control/settings"
 	"sheaf/daemon/datapath/tunnel"
 	"sheaf/daemon/datapath/uplink"
@@ -34,6 +35,9 @@ const (
 	// it worth while to watch the uplinks closely: 100 kB/s.
 	movedEvery = 250 * time.Millisecond
 	movedBytes = 25_000
+	// doubtful is how long a carrier of packets, probed every 20 ms, may have heard
+	// nothing before the subflows are asked as well.
+	doubtful = 25 * time.Millisecond
 	// stillMoves is how long flows are watched after that. It must be shorter than
 	// Bond.Watch lasts.
 	stillMoves = 600 * time.Millisecond
@@ -139,12 +143,35 @@ func (s *silence) apply(set settings.Settings, statuses []uplink.Status) []uplin
 	return judged
 }
 
+// drop deletes the endpoints of silent uplinks ahead of the pass that would: every
+// millisecond is one in which nobody's bytes arrive.
+func (r *Router) drop(ctx context.Context, names []string) {
+	if len(names) == 0 {
+		return
+	}
+	r.mu.Lock()
+	judged := r.silence.apply(r.revision.Settings, r.uplinks)
+	r.mu.Unlock()
+	var changes []desired.Change
+	for _, u := range judged {
+		for _, source := range u.Sources {
+			if !u.Fit && slices.Contains(names, u.Name) {
+				changes = append(changes, desired.DeleteEndpoint{Endpoint: desired.Endpoint{Address: source.Addr()}})
+			}
+		}
+	}
+	if err := r.kernel.Apply(ctx, changes); err != nil {
+		r.log.Warn("silent uplinks keep their endpoints for now", "uplinks", names, "error", err)
+	}
+}
+
 // supervise follows each look at the carriers.
 func (r *Router) supervise(ctx context.Context) {
 	ask, fallen, back := r.silence.look(time.Now(), r.packets.signs())
 	for _, name := range ask {
 		r.asking.Go(func() { r.ask(ctx, name) })
 	}
+	r.drop(ctx, fallen)
 	for _, name := range fallen {
 		r.log.Warn("uplink is silent", "uplink", name)
 	}
@@ -225,7 +252,7 @@ func (r *Router) watchFlows(ctx context.Context) {
 		}
 		if quiet := watch.Look(now, r.heard(now)); len(quiet) > 0 {
 			r.silence.fell(quiet)
-			r.packets.kick()
+			r.supervise(ctx)
 		}
 	}
 }
@@ -236,7 +263,7 @@ func (r *Router) heard(now time.Time) map[string]uplink.Heard {
 	heard := r.packets.heard()
 	var subflows map[netip.Addr]time.Time
 	for name, h := range heard {
-		if now.Sub(h.Last) < uplink.Steady {
+		if now.Sub(h.Last) < doubtful {
 			continue
 		}
 		if subflows == nil {

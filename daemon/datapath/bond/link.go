@@ -191,6 +191,16 @@ func smooth(value, sample time.Duration, known bool) time.Duration {
 	return value + (sample-value)/4
 }
 
+// excuse takes time from every silence.
+func (h *health) excuse(late time.Duration) {
+	if h.silent != 0 {
+		h.silent += late
+	}
+	if h.unanswered != 0 {
+		h.unanswered += late
+	}
+}
+
 // silence is how long nothing was heard though there was something to answer.
 func (h *health) silence(now time.Duration) time.Duration {
 	if h.silent == 0 {

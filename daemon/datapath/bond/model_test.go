@@ -254,3 +254,18 @@ func TestModelLearnsOnlyFromWhatFillsTheLink(t *testing.T) {
 		}
 	})
 }
+
+// TestHealthExcusesAPause: what came while the process did not run is read only
+// after the clock.
+func TestHealthExcusesAPause(t *testing.T) {
+	timing := Timing{}.withDefaults()
+	h := health{fit: true, rtt: 20 * time.Millisecond, silent: time.Second, unanswered: time.Second}
+	now := time.Second + timing.UnfitAfter + 50*time.Millisecond
+	h.excuse(100 * time.Millisecond)
+	if !h.judge(now, timing) {
+		t.Errorf("unfit after %v of silence, of which the process did not run for 100 ms", now-time.Second)
+	}
+	if now += 50 * time.Millisecond; h.judge(now, timing) {
+		t.Errorf("fit after %v of silence", now-time.Second-100*time.Millisecond)
+	}
+}

@@ -226,6 +226,9 @@ func (f *flow) pump(opening []byte) {
 			return
 		}
 		s.keepCalm()
+		if moved >= earlyBytes {
+			s.keepWindow(time.Now())
+		}
 		record, limit := recordPayload, batch*recordPayload-frameHeader
 		if moved < earlyBytes {
 			record, limit = earlyRecord, recordPayload-frameHeader

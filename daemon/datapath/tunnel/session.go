@@ -60,8 +60,10 @@ type Session struct {
 	// an OPEN frame and dials where the flow is to go.
 	open func(payload []byte) error
 	// calm, if set, says which congestion control flows are sent with.
-	calm   *calm
-	calmed bool // which one it is; only the goroutine that sends a flow uses this
+	calm *calm
+	// Only the goroutine that sends a flow uses these.
+	calmed bool // which one it is
+	window window
 
 	writing sync.Mutex // held while records are written, and guards a flow's sent marks
 

@@ -147,6 +147,13 @@ func (b *backlog) room() int {
 // for a link of 20 Mbit/s, a quarter of a second).
 func (s *socket) backlog(multipath bool) (backlog, error) {
 	var total backlog
+	err := s.eachSubflow(multipath, total.add)
+	return total, err
+}
+
+// eachSubflow reads the state of the established subflows of an MPTCP socket, or
+// of the one connection of a plain TCP socket.
+func (s *socket) eachSubflow(multipath bool, f func(*unix.TCPInfo)) error {
 	var inner error
 	err := s.raw.Control(func(fd uintptr) {
 		if multipath {
@@ -156,7 +163,7 @@ func (s *socket) backlog(multipath bool) (backlog, error) {
 			if stride, n, inner = subflowOption(int(fd), mptcpTCPInfo, infos, int(unsafe.Sizeof(unix.TCPInfo{}))); inner == nil {
 				for i := range n {
 					if info := infos.tcpInfo(i, stride); info.State == tcpEstablished {
-						total.add(&info)
+						f(&info)
 					}
 				}
 				return
@@ -165,13 +172,13 @@ func (s *socket) backlog(multipath bool) (backlog, error) {
 		}
 		var info *unix.TCPInfo
 		if info, inner = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO); inner == nil {
-			total.add(info)
+			f(info)
 		}
 	})
 	if err == nil {
 		err = inner
 	}
-	return total, err
+	return err
 }
 
 // tcpInfo is entry i of what subflowOption read. The kernel may know a shorter

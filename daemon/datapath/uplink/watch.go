@@ -18,11 +18,13 @@ const Steady = 40 * time.Millisecond
 
 const (
 	// leastQuiet and mostQuiet bound the silence that is one too many; between them
-	// it is quietTimes the longest of the last quietMemory to twice that.
+	// it is half as much again as the longest of the last quietMemory to twice that.
 	leastQuiet  = 60 * time.Millisecond
 	mostQuiet   = 300 * time.Millisecond
-	quietTimes  = 2
 	quietMemory = 10 * time.Second
+	// tick is the kernel's, at its slowest: a subflow cannot say better than that
+	// when it last heard something.
+	tick = 10 * time.Millisecond
 	// steadyLooks in a row must have found something new.
 	steadyLooks = 10
 )
@@ -70,9 +72,9 @@ func (w *Watch) Look(now time.Time, heard map[string]Heard) map[string]time.Time
 			w.uplinks[name] = u
 			continue
 		}
-		if h.Last.After(u.heard) {
+		if h.Last.Sub(u.heard) > tick {
 			u.remember(now)
-			u.heard, u.quiet = h.Last, 0
+			u.heard, u.quiet = h.Last, min(max(now.Sub(h.Last), 0), passed)
 		} else if witness, ok := liveliest(now, heard, name); ok {
 			u.quiet += passed
 			// After a pause of the concentrator itself, what comes the longer way
@@ -103,8 +105,11 @@ func liveliest(now time.Time, heard map[string]Heard, except string) (least Hear
 	return least, ok
 }
 
-// remember notes how long it was quiet.
+// remember notes how long it was quiet, if that was no outage.
 func (u *watched) remember(now time.Time) {
+	if u.quiet > mostQuiet {
+		return
+	}
 	if now.Sub(u.since) > quietMemory {
 		u.longest, u.longestBefore, u.since = 0, u.longest, now
 	}
@@ -112,5 +117,5 @@ func (u *watched) remember(now time.Time) {
 }
 
 func (u *watched) limit() time.Duration {
-	return min(max(quietTimes*max(u.longest, u.longestBefore), leastQuiet), mostQuiet)
+	return min(max(max(u.longest, u.longestBefore)*3/2+tick, leastQuiet), mostQuiet)
 }

@@ -29,8 +29,9 @@ func TestWatch(t *testing.T) {
 		{"and is heard the long way later", "", series{"a": "............x.x.x.x.", "far": "...............x.x.x"}, ""},
 		{"silent the long way", "", series{"a": "x.x.x.x.x.x.x.x.", "far": "................"}, "far@10"},
 		{"this process pauses", "", series{"a": "x.|x.x.x", "b": "...x.x.x"}, ""},
-		{"an uplink that stutters is given more time", "....x....x....x....x", series{"a": "............", "b": "x.x.x.x.x.x."}, "a@8"},
-		{"but not for ever", "x.x.x.x.x.x.x.x.x.x........................x.x.x.x.x.x.x.", series{"a": "........................................", "b": "x.x.x.x.x.x.x.x.x.x.x.x.x.x.x.x.x.x.x.x."}, "a@-1 a@29"},
+		{"an uplink that stutters is given more time", "....x....x....x....x", series{"a": "............", "b": "x.x.x.x.x.x."}, "a@7"},
+		{"after a false alarm too", "x.x.x.x.x.x.x.x.x.x.........x.x.x.x.x.x.x.", series{"a": "................................", "b": "x.x.x.x.x.x.x.x.x.x.x.x.x.x.x.x."}, "a@-1 a@14"},
+		{"but not after an outage", "x.x.x.x.x.x.x.x.x.x.....................................x.x.x.x.x.x.x.", series{"a": "................", "b": "x.x.x.x.x.x.x.x."}, "a@-1 a@5"},
 		{"nothing came steadily before", "..........", series{"a": "................", "b": "x.x.x.x.x.x.x.x."}, ""},
 	} {
 		t.Run(test.name, func(t *testing.T) {

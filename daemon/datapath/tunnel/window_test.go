@@ -1,0 +1,50 @@
+package tunnel
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+)
+
+func TestWindowSize(t *testing.T) {
+	const mbit = 1e6 / 8
+	at := func(rate float64, rtt time.Duration) capacity { return capacity{rate * mbit, rtt} }
+	repeat := func(c capacity, n int) (list []capacity) {
+		for range n {
+			list = append(list, c)
+		}
+		return list
+	}
+	for _, test := range []struct {
+		name  string
+		looks []capacity
+		want  string // what is set, kB; - for nothing new
+	}{
+		{"two and a half of rate times round trip", []capacity{at(80, 30*time.Millisecond)}, "750"},
+		{"the longest round trip counts", []capacity{at(100, 80*time.Millisecond)}, "2500"},
+		{"a small change is no change", []capacity{at(80, 30*time.Millisecond), at(84, 30*time.Millisecond)}, "750 -"},
+		{"more is followed at once", []capacity{at(80, 30*time.Millisecond), at(160, 30*time.Millisecond)}, "750 1500"},
+		{"less is believed slowly", append([]capacity{at(160, 30*time.Millisecond)}, repeat(at(80, 30*time.Millisecond), 15)...),
+			"1500 - - 1286 - - 1102 - - 945 - - 810 - - -"},
+		{"never too little", repeat(at(1, 30*time.Millisecond), 2), "524 -"},
+		{"nor too much", []capacity{at(10000, 300*time.Millisecond)}, "67108"},
+		{"a round trip in the house bounds nothing", []capacity{at(5000, 50*time.Microsecond)}, "31250"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			var w window
+			var got []string
+			for _, c := range test.looks {
+				bytes, set := w.size(c)
+				if !set {
+					got = append(got, "-")
+					continue
+				}
+				got = append(got, fmt.Sprint(bytes/1000))
+			}
+			if g := strings.Join(got, " "); g != test.want {
+				t.Errorf("set %s, want %s", g, test.want)
+			}
+		})
+	}
+}
