@@ -108,9 +108,10 @@ type account struct {
 
 	mu                         sync.Mutex
 	sentBefore, receivedBefore uint64 // payload, each way
-	at                         position
+	from, at                   position
 	seen                       []counted
 	moved                      []SourceBytes
+	closed                     []netip.Addr // of the subflows that were closed last
 }
 
 // counted is a subflow as it was at the last look, in bytes.
@@ -145,43 +146,55 @@ func (s *Session) look() ([]Subflow, error) {
 	return list, nil
 }
 
-// add adds what has been moved since the last look. Of a subflow that has been
-// closed since then that is what the others do not account for.
+// add adds what has been moved since the last look. What a subflow had moved when
+// it was closed nobody knows: it is what the connection has moved and the others
+// have not, as far as it was not sent again over them.
 func (a *account) add(list []Subflow, at position) {
-	var sent, received uint64
 	for i := range a.seen {
 		a.seen[i].live = false
 	}
+	inFlight := uint64(0)
 	for _, f := range list {
+		inFlight += more(f.sent, f.acknowledged)
 		i := slices.IndexFunc(a.seen, func(c counted) bool { return c.local == f.Local && c.remote == f.Remote })
 		if i < 0 {
 			i = len(a.seen)
 			a.seen = append(a.seen, counted{local: f.Local, remote: f.Remote})
 		}
 		c := &a.seen[i]
-		moreSent, moreReceived := more(f.acknowledged, c.acknowledged), more(f.received, c.received)
 		c.live = true
-		c.acknowledged += moreSent
-		c.received += moreReceived
-		sent += moreSent
-		received += moreReceived
-		a.credit(f.Local.Addr(), moreSent, moreReceived)
+		sent, received := more(f.acknowledged, c.acknowledged), more(f.received, c.received)
+		c.acknowledged += sent
+		c.received += received
+		a.credit(f.Local.Addr(), sent, received)
 	}
-	closed := uint64(0)
-	for _, c := range a.seen {
-		if !c.live {
-			closed++
+	if slices.ContainsFunc(a.seen, counted.dead) {
+		a.closed = a.closed[:0]
+		for _, c := range a.seen {
+			if !c.live {
+				a.closed = append(a.closed, c.local.Addr())
+			}
 		}
+		a.seen = slices.DeleteFunc(a.seen, counted.dead)
 	}
-	for _, c := range a.seen {
-		if !c.live {
-			a.credit(c.local.Addr(), more(more(at.acknowledged, a.at.acknowledged), sent)/closed,
-				more(more(at.received, a.at.received), received)/closed)
-		}
+	a.at = at
+	// What waits for its subflow's acknowledgement may have that of the connection
+	// already: it came over another.
+	sent, received := inFlight, uint64(0)
+	for _, m := range a.moved {
+		sent += m.Sent
+		received += m.Received
 	}
-	a.seen = slices.DeleteFunc(a.seen, func(c counted) bool { return !c.live })
-	a.at = position{at.written, max(at.acknowledged, a.at.acknowledged), max(at.received, a.at.received)}
+	sent, received = more(more(at.acknowledged, a.from.acknowledged), sent), more(more(at.received, a.from.received), received)
+	for i, source := range a.closed {
+		left := uint64(len(a.closed) - i)
+		a.credit(source, sent/left, received/left)
+		sent -= sent / left
+		received -= received / left
+	}
 }
+
+func (c counted) dead() bool { return !c.live }
 
 // more is by how much now is more than before.
 func more(now, before uint64) uint64 { return now - min(now, before) }
@@ -211,8 +224,8 @@ func (s *Session) resetAccount() {
 	if err != nil {
 		return // the session has ended
 	}
-	a.moved = a.moved[:0]
-	a.at.acknowledged = max(a.at.acknowledged, a.at.written)
+	a.moved, a.closed = a.moved[:0], a.closed[:0]
+	a.from = position{acknowledged: a.at.written, received: a.at.received}
 	for i := range a.seen {
 		for _, f := range list {
 			if c := &a.seen[i]; c.local == f.Local && c.remote == f.Remote {

@@ -15,6 +15,10 @@ func TestAccount(t *testing.T) {
 	one := func(number int, acknowledged, received uint64) Subflow {
 		return Subflow{Local: netip.MustParseAddrPort(fmt.Sprintf("10.%d.0.2:4000", number)), acknowledged: acknowledged, received: received}
 	}
+	flying := func(f Subflow, bytes uint64) Subflow {
+		f.sent = f.acknowledged + bytes
+		return f
+	}
 	another := func(f Subflow, port uint16) Subflow {
 		f.Local = netip.AddrPortFrom(f.Local.Addr(), port)
 		return f
@@ -53,11 +57,19 @@ func TestAccount(t *testing.T) {
 			{nil, position{acknowledged: 1100, received: 5010}},
 			{[]Subflow{another(one(1, 3, 4), 4002)}, position{acknowledged: 1103, received: 5014}},
 		}, "10.1.0.2 3/9, 10.2.0.2 0/5"},
+		{"another's acknowledgement may be late", []look{
+			{[]Subflow{flying(one(2, 100, 0), 300)}, position{acknowledged: 1350, received: 5000}},
+			{[]Subflow{one(2, 400, 0)}, position{acknowledged: 1420, received: 5000}},
+		}, "10.2.0.2 300/0, 10.1.0.2 20/0"},
+		{"what arrives out of order is told later", []look{
+			{[]Subflow{one(2, 100, 400)}, position{acknowledged: 1100, received: 5100}},
+			{[]Subflow{one(2, 100, 450)}, position{acknowledged: 1100, received: 5850}},
+		}, "10.2.0.2 0/450, 10.1.0.2 0/400"},
 		{"an older reading takes nothing back", []look{{[]Subflow{one(1, 900, 4000), one(2, 100, 0)}, position{acknowledged: 1}}}, ""},
 	} {
 		var a account
 		a.add(before.subflows, before.at)
-		a.moved = nil
+		a.moved, a.from = nil, before.at
 		for _, l := range c.looks {
 			a.add(l.subflows, l.at)
 		}

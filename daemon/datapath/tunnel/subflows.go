@@ -80,7 +80,7 @@ func (f *Subflow) fill(info *unix.TCPInfo) {
 	f.Retransmitted = info.Total_retrans
 	f.Silence = time.Duration(min(info.Last_data_recv, info.Last_ack_recv)) * time.Millisecond
 	f.sent, f.unsent = info.Bytes_sent-info.Bytes_retrans, uint64(info.Notsent_bytes)
-	f.acknowledged, f.received = info.Bytes_acked, info.Bytes_received
+	f.acknowledged, f.received = more(info.Bytes_acked, 1), info.Bytes_received // our SYN is acknowledged too
 }
 
 func multipathSubflows(fd int) ([]Subflow, error) {
