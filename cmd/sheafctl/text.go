@@ -104,12 +104,13 @@ func writeMultipath(w *bytes.Buffer, s webui.Status) {
 		{"checksum", onOff(wanted.Checksum), onOff(kernel.Checksum)},
 		{"SYN retries", fmt.Sprint(wanted.SYNRetries), fmt.Sprint(kernel.SYNRetries)},
 	}, nil, false)
-	fmt.Fprintf(w, "\nkernel %s, MPTCP %s\n", printable(s.Kernel.Release), printable(s.Kernel.MPTCP))
-	for _, offer := range []struct {
-		what string
-		list []string
-	}{{"path managers", s.Multipath.AvailablePathManagers}, {"schedulers", s.Multipath.AvailableSchedulers}} {
-		fmt.Fprintf(w, "%-13s %s\n", offer.what, printable(or(strings.Join(offer.list, ", "), "the kernel does not list them")))
+	w.WriteByte('\n')
+	for _, line := range [][2]string{
+		{"path managers", or(strings.Join(s.Multipath.AvailablePathManagers, ", "), "-")},
+		{"schedulers", or(strings.Join(s.Multipath.AvailableSchedulers, ", "), "the kernel does not list them")},
+		{"kernel", s.Kernel.Release + ", MPTCP " + s.Kernel.MPTCP},
+	} {
+		fmt.Fprintf(w, "%-13s %s\n", line[0], printable(line[1]))
 	}
 }
 
@@ -123,8 +124,11 @@ func writeFlows(w *bytes.Buffer, f webui.Flows) {
 	rows := [][]string{{"CLIENT", "DESTINATION", "AGE", "UP", "DOWN"}}
 	for _, flow := range f.Flows {
 		destination := flow.Destination
-		if flow.Through == "direct" {
-			destination += " (direct)"
+		switch {
+		case flow.Inbound:
+			destination += " (inbound)"
+		case flow.Through != "tunnel":
+			destination += " (" + flow.Through + ")"
 		}
 		rows = append(rows, []string{flow.Client, destination, age(flow.AgeS),
 			humanize(float64(flow.UpBytes), "B"), humanize(float64(flow.DownBytes), "B")})
