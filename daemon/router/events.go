@@ -224,6 +224,9 @@ func (r *Router) watch(ctx context.Context) {
 		case <-tick.C:
 			measuring = true
 		case <-r.events.look:
+			if before.tunnel.State == "" {
+				continue // that nothing is up yet at the start is no news
+			}
 			sleep(ctx, settling)
 		}
 		statuses, err := r.observe()
@@ -241,7 +244,7 @@ func (r *Router) watch(ctx context.Context) {
 		now := moment{kernel: slices.Clone(pass.Problems)}
 		now.uplinks = describeUplinks(revision.Settings, r.silence.apply(revision.Settings, statuses), pool, nil, nil)
 		now.tunnel = describeTunnel(revision.Settings, now.uplinks, pool)
-		now.tunnel.Reason = strings.TrimPrefix(now.tunnel.Reason, tunnel.ErrDown.Error()+": ")
+		now.tunnel.Reason = strings.TrimPrefix(strings.TrimPrefix(now.tunnel.Reason, tunnel.ErrDown.Error()), ": ")
 		if pool.Up {
 			now.reached = pool.Address
 		}
