@@ -50,6 +50,14 @@ type Router interface {
 	Apply(ctx context.Context, s settings.Settings, author string) (settings.Revision, error)
 	// SetUplinkMode is Apply of the settings in force with one mode changed.
 	SetUplinkMode(ctx context.Context, name string, mode settings.Mode, author string) (settings.Revision, error)
+	// SetMultipath is Apply of the settings in force with some multipath settings
+	// changed. What the kernel does not offer is refused.
+	SetMultipath(ctx context.Context, change MultipathChange, author string) (settings.Revision, error)
+	// Flows lists the live flows that have moved most, at most limit.
+	Flows(ctx context.Context, limit int) (Flows, error)
+	// Events returns what has happened after the event with an ID. If that is
+	// nothing it waits for it, and then, or when ctx ends, may return nothing.
+	Events(ctx context.Context, after uint64, wait time.Duration) (Events, error)
 	// Join enrols with the concentrator that issued the token.
 	Join(ctx context.Context, token string) (Joined, error)
 }
@@ -77,6 +85,32 @@ type modeBody struct {
 	Mode settings.Mode `json:"mode"`
 }
 
+// MultipathChange is the body of PATCH /api/v1/multipath. What is absent stays as
+// it is.
+type MultipathChange struct {
+	Enabled     *bool                 `json:"enabled,omitempty"`
+	PathManager *settings.PathManager `json:"path_manager,omitempty"`
+	Scheduler   *string               `json:"scheduler,omitempty"`
+	Checksum    *bool                 `json:"checksum,omitempty"`
+	SYNRetries  *int                  `json:"syn_retries,omitempty"`
+}
+
+// Of returns the settings m with the change made.
+func (c MultipathChange) Of(m settings.Multipath) settings.Multipath {
+	change(&m.Enabled, c.Enabled)
+	change(&m.PathManager, c.PathManager)
+	change(&m.Scheduler, c.Scheduler)
+	change(&m.Checksum, c.Checksum)
+	change(&m.SYNRetries, c.SYNRetries)
+	return m
+}
+
+func change[T any](value, to *T) {
+	if to != nil {
+		*value = *to
+	}
+}
+
 // joinBody is the body of POST /api/v1/join.
 type joinBody struct {
 	Token string `json:"token"`
@@ -97,6 +131,9 @@ func newRouterHandler(r Router, log *slog.Logger, timeout time.Duration) http.Ha
 	v1.GET("/settings", h.settings)
 	v1.PUT("/settings", h.apply)
 	v1.PUT("/uplinks/:name/mode", h.setUplinkMode)
+	v1.PATCH("/multipath", h.setMultipath)
+	v1.GET("/flows", h.flows)
+	v1.GET("/events", h.events)
 	v1.POST("/join", h.join)
 	return e
 }
@@ -231,6 +268,21 @@ func (h routerHandler) setUplinkMode(c *gin.Context) {
 		return
 	}
 	rev, err := h.router.SetUplinkMode(c.Request.Context(), c.Param("name"), b.Mode, author)
+	h.revision(c, rev, err)
+}
+
+func (h routerHandler) setMultipath(c *gin.Context) {
+	var b MultipathChange
+	if err := decode(c, &b); err != nil {
+		h.fail(c, err)
+		return
+	}
+	if b == (MultipathChange{}) {
+		h.problem(c, &Error{Code: CodeBadRequest,
+			Detail: "nothing is to be changed; give enabled, path_manager, scheduler, checksum or syn_retries"})
+		return
+	}
+	rev, err := h.router.SetMultipath(c.Request.Context(), b, author)
 	h.revision(c, rev, err)
 }
 

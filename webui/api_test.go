@@ -36,6 +36,8 @@ var when = time.Date(2026, 3, 4, 5, 6, 7, 0, time.UTC)
 // fakeRouter answers with its fields and notes what it was asked.
 type fakeRouter struct {
 	status Status
+	flows  Flows
+	events Events
 	err    error
 	hang   bool
 	asked  string
@@ -72,6 +74,19 @@ func (f *fakeRouter) Apply(ctx context.Context, s settings.Settings, author stri
 
 func (f *fakeRouter) SetUplinkMode(ctx context.Context, name string, mode settings.Mode, author string) (settings.Revision, error) {
 	return f.revision(settings.Settings{}), f.answer(ctx, "mode %s %s by %s", name, mode, author)
+}
+
+func (f *fakeRouter) SetMultipath(ctx context.Context, change MultipathChange, author string) (settings.Revision, error) {
+	b, _ := json.Marshal(change)
+	return f.revision(settings.Settings{}), f.answer(ctx, "multipath %s by %s", b, author)
+}
+
+func (f *fakeRouter) Flows(ctx context.Context, limit int) (Flows, error) {
+	return f.flows, f.answer(ctx, "flows %d", limit)
+}
+
+func (f *fakeRouter) Events(ctx context.Context, after uint64, wait time.Duration) (Events, error) {
+	return f.events, f.answer(ctx, "events %d %v", after, wait)
 }
 
 func (f *fakeRouter) Join(ctx context.Context, token string) (Joined, error) {
@@ -198,6 +213,40 @@ func TestRouterEndpoints(t *testing.T) {
 			status: 404, mime: mimeProblem, asked: "mode x on by socket", body: []string{`"code":"uplink_unknown"`, "no uplink is named x"}},
 		"unknown mode": {request: request{method: "PUT", path: "/api/v1/uplinks/lte/mode", contentType: "application/json", body: `{"mode":"fast"}`},
 			status: 400, mime: mimeProblem, body: []string{`"code":"bad_request"`, "fast"}},
+		"multipath": {request: request{method: "PATCH", path: "/api/v1/multipath", contentType: "application/json", body: `{"checksum":false,"syn_retries":3}`},
+			status: 200, mime: "application/json", asked: `multipath {"checksum":false,"syn_retries":3} by socket`, body: []string{`"revision":7`}},
+		"multipath with all": {request: request{method: "PATCH", path: "/api/v1/multipath", contentType: "application/json",
+			body: `{"enabled":true,"path_manager":"default","scheduler":"x","checksum":true,"syn_retries":0}`},
+			status: 200, mime: "application/json", asked: `multipath {"enabled":true,"path_manager":"default","scheduler":"x","checksum":true,"syn_retries":0} by socket`},
+		"multipath with nothing": {request: request{method: "PATCH", path: "/api/v1/multipath", contentType: "application/json", body: `{}`},
+			status: 400, mime: mimeProblem, body: []string{`"code":"bad_request"`, "path_manager"}},
+		"multipath with an unknown setting": {request: request{method: "PATCH", path: "/api/v1/multipath", contentType: "application/json", body: `{"speed":1}`},
+			status: 400, mime: mimeProblem, body: []string{`"code":"bad_request"`, "speed"}},
+		"multipath refused": {request: request{method: "PATCH", path: "/api/v1/multipath", contentType: "application/json", body: `{"scheduler":"x"}`},
+			router: fakeRouter{err: &settings.Invalid{Problems: []settings.Problem{{Path: "multipath.scheduler", Reason: "offered are default"}}}},
+			status: 422, mime: mimeProblem, asked: `multipath {"scheduler":"x"} by socket`, body: []string{`"code":"settings_invalid"`, "offered are default"}},
+		"flows": {request: request{method: "GET", path: "/api/v1/flows"},
+			router: fakeRouter{flows: Flows{Total: 5, Flows: []Flow{{Client: "10.0.0.2:4000", Through: "direct"}}}},
+			status: 200, mime: "application/json", asked: "flows 10000", body: []string{`"total":5`, `"client":"10.0.0.2:4000"`, `"uplinks":[]`, `"age_s":0`}},
+		"no flows": {request: request{method: "GET", path: "/api/v1/flows?limit=1"},
+			status: 200, mime: "application/json", asked: "flows 1", body: []string{`{"total":0,"flows":[]}`}},
+		"too many flows": {request: request{method: "GET", path: "/api/v1/flows?limit=10001"},
+			status: 400, mime: mimeProblem, body: []string{`"code":"bad_request"`, "10000"}},
+		"less than one flow": {request: request{method: "GET", path: "/api/v1/flows?limit=0"},
+			status: 400, mime: mimeProblem, body: []string{`"code":"bad_request"`}},
+		"all events": {request: request{method: "GET", path: "/api/v1/events"},
+			status: 200, mime: "application/json", asked: "events 0 0s", body: []string{`{"events":[],"missed":0}`}},
+		"events to come": {request: request{method: "GET", path: "/api/v1/events?after=7&wait=25"},
+			router: fakeRouter{events: Events{Events: []Event{{ID: 9, Time: when, Kind: "uplink", Uplink: "dsl", Text: "off"}}, Missed: 1}},
+			status: 200, mime: "application/json", asked: "events 7 25s",
+			body: []string{`{"events":[{"id":9,"time":"2026-03-04T05:06:07Z","kind":"uplink","uplink":"dsl","text":"off"}],"missed":1}`}},
+		"events after a word": {request: request{method: "GET", path: "/api/v1/events?after=now"},
+			status: 400, mime: mimeProblem, body: []string{`"code":"bad_request"`, "after", "now"}},
+		"waiting for ever": {request: request{method: "GET", path: "/api/v1/events?wait=26"},
+			status: 400, mime: mimeProblem, body: []string{`"code":"bad_request"`, "wait", "25"}},
+		"one waits too many": {request: request{method: "GET", path: "/api/v1/events?wait=1"},
+			router: fakeRouter{err: &Error{Code: CodeTooManyWaiting}},
+			status: 503, mime: mimeProblem, asked: "events 0 1s", body: []string{`"code":"too_many_waiting"`}},
 		"join": {request: request{method: "POST", path: "/api/v1/join", contentType: "application/json", body: `{"token":"abc"}`},
 			status: 200, mime: "application/json", asked: "join abc", body: []string{`{"concentrator":"fra1","address":"192.0.2.1:4443","fingerprint":"f00d"}`}},
 		"join without token": {request: request{method: "POST", path: "/api/v1/join", contentType: "application/json", body: `{}`},
@@ -314,7 +363,10 @@ func TestClient(t *testing.T) {
 		Problems:  []string{"a problem"},
 		LAN:       LANStatus{Interfaces: []InterfaceStatus{{Name: "lan0", Present: true}}},
 		Multipath: MultipathStatus{AvailableSchedulers: []string{"default"}, AvailablePathManagers: []string{"fullmesh"}}}
-	router := &fakeRouter{status: want}
+	router := &fakeRouter{status: want,
+		flows: Flows{Total: 2, Flows: []Flow{{Client: "10.0.0.2:4000", Destination: "192.0.2.1:443", Inbound: true, Through: "tunnel", Since: when,
+			AgeS: 1.5, UpBytes: 3, DownBytes: 4, Uplinks: []UplinkBytes{{Name: "dsl", Address: "192.0.2.2", UpBytes: 1, DownBytes: 2}}}}},
+		events: Events{Events: []Event{{ID: 9, Time: when, Kind: "tunnel", Text: "up"}}, Missed: 3}}
 	c := serve(t, NewRouterHandler(router, quiet()))
 
 	status, err := c.Status(ctx)
@@ -332,6 +384,18 @@ func TestClient(t *testing.T) {
 	got, err = c.SetUplinkMode(ctx, "a/b c", settings.Backup)
 	check(t, err, got, Revision{Number: 7, Time: when, Author: "anna"})
 	check(t, nil, router.asked, "mode a/b c backup by socket")
+	change := MultipathChange{Checksum: new(true), Scheduler: new("default")}
+	got, err = c.SetMultipath(ctx, change)
+	check(t, err, got, Revision{Number: 7, Time: when, Author: "anna"})
+	check(t, nil, router.asked, `multipath {"scheduler":"default","checksum":true} by socket`)
+	flows, err := c.Flows(ctx, 5)
+	check(t, err, flows, router.flows)
+	check(t, nil, router.asked, "flows 5")
+	for wait, asked := range map[bool]string{false: "events 7 0s", true: "events 7 25s"} {
+		events, err := c.Events(ctx, 7, wait)
+		check(t, err, events, router.events)
+		check(t, nil, router.asked, asked)
+	}
 	joined, err := c.Join(ctx, "abc")
 	check(t, err, joined, Joined{Concentrator: "fra1", Address: "192.0.2.1:4443", Fingerprint: "f00d"})
 
@@ -370,5 +434,23 @@ func check(t *testing.T, err error, got, want any) {
 		t.Error(err)
 	} else if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("-want +got:\n%s", diff)
+	}
+}
+
+// Only what is named changes.
+func TestMultipathChange(t *testing.T) {
+	before := settings.Multipath{Enabled: true, PathManager: "fullmesh", Scheduler: "default", SYNRetries: 2}
+	for name, c := range map[string]struct {
+		change MultipathChange
+		want   settings.Multipath
+	}{
+		"nothing": {MultipathChange{}, before},
+		"one":     {MultipathChange{Checksum: new(true)}, settings.Multipath{Enabled: true, PathManager: "fullmesh", Scheduler: "default", Checksum: true, SYNRetries: 2}},
+		"all to nothing": {MultipathChange{Enabled: new(false), PathManager: new(settings.PathManager("default")), Scheduler: new("x"), SYNRetries: new(0)},
+			settings.Multipath{PathManager: "default", Scheduler: "x"}},
+	} {
+		if got := c.change.Of(before); got != c.want {
+			t.Errorf("%s: %+v, want %+v", name, got, c.want)
+		}
 	}
 }

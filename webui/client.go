@@ -106,6 +106,13 @@ func (c *Client) SetUplinkMode(ctx context.Context, name string, mode settings.M
 	return r, err
 }
 
+// SetMultipath changes multipath settings.
+func (c *Client) SetMultipath(ctx context.Context, change MultipathChange) (Revision, error) {
+	var r Revision
+	err := c.send(ctx, http.MethodPatch, "/api/v1/multipath", change, &r)
+	return r, err
+}
+
 // Join enrols the router with the concentrator that issued the token.
 func (c *Client) Join(ctx context.Context, token string) (Joined, error) {
 	var j Joined

@@ -37,6 +37,8 @@ const (
 
 	CodeSettingsInvalid         = "settings_invalid"
 	CodeUplinkUnknown           = "uplink_unknown"
+	CodeTooManyWaiting          = "too_many_waiting" // for events
+	CodeStopping                = "stopping"         // the daemon is
 	CodeTunnelDown              = "tunnel_down"
 	CodeTokenAltered            = "token_altered" // damaged, or not a token
 	CodeTokenUsed               = "token_used"
@@ -59,6 +61,8 @@ var statusOf = map[string]int{
 
 	CodeSettingsInvalid:         http.StatusUnprocessableEntity,
 	CodeUplinkUnknown:           http.StatusNotFound,
+	CodeTooManyWaiting:          http.StatusServiceUnavailable,
+	CodeStopping:                http.StatusServiceUnavailable,
 	CodeTunnelDown:              http.StatusServiceUnavailable,
 	CodeTokenAltered:            http.StatusBadRequest,
 	CodeTokenUsed:               http.StatusConflict,

@@ -13,6 +13,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -32,6 +33,8 @@ const (
 const (
 	defaultSocket = "/run/sheaf/sheaf.sock"
 	maxToken      = 16 << 10
+	// flowsEvery is how often the live list of flows is read again.
+	flowsEvery = time.Second
 )
 
 // usageError is a command line that cannot mean anything.
@@ -52,8 +55,9 @@ var errDegraded = errors.New("the tunnel is not up")
 // app is one run of sheafctl.
 type app struct {
 	stdin   io.Reader
+	stdout  io.Writer
 	stderr  io.Writer
-	out     bytes.Buffer // what goes to stdout when the command has succeeded
+	out     bytes.Buffer // what goes to stdout when the command has succeeded, or at flush
 	color   bool
 	socket  string
 	output  choice
@@ -61,17 +65,27 @@ type app struct {
 }
 
 func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
-	a := &app{stdin: stdin, stderr: stderr, color: wantsColor(stdout), version: version,
+	a := &app{stdin: stdin, stdout: stdout, stderr: stderr, color: wantsColor(stdout), version: version,
 		output: choice{value: "text", allowed: []string{"text", "json"}}}
 	root := a.root()
 	root.SetArgs(args)
 	root.SetOut(&a.out)
 	root.SetErr(stderr)
 	err := root.Execute()
-	if _, werr := stdout.Write(a.out.Bytes()); werr != nil && err == nil {
-		err = fmt.Errorf("write the output: %w", werr)
+	if flushErr := a.flush(); err == nil {
+		err = flushErr
 	}
 	return a.finish(err)
+}
+
+// flush writes what a command that goes on has to say so far.
+func (a *app) flush() error {
+	_, err := a.stdout.Write(a.out.Bytes())
+	a.out.Reset()
+	if err != nil {
+		return fmt.Errorf("write the output: %w", err)
+	}
+	return nil
 }
 
 // finish tells the person what went wrong, and the script by the exit code.
@@ -132,7 +146,8 @@ func (a *app) emit(v any, text func(w *bytes.Buffer)) error {
 
 func (a *app) root() *cobra.Command {
 	root := group("sheafctl", "Drive the Sheaf router daemon",
-		a.join(), a.apply(), a.status(), a.uplinks(), a.uplink(), a.showVersion())
+		a.join(), a.apply(), a.status(), a.uplinks(), a.uplink(),
+		a.multipath(), a.flows(), a.events(), a.showVersion())
 	root.SilenceErrors = true
 	root.SilenceUsage = true
 	root.CompletionOptions.DisableDefaultCmd = true
@@ -304,6 +319,181 @@ func (a *app) uplink() *cobra.Command {
 	}
 	set.Flags().Var(&mode, "mode", "on: carries traffic, off: carries nothing, backup: only while no other is fit")
 	return group("uplink", "Change one uplink", set)
+}
+
+func (a *app) multipath() *cobra.Command {
+	var (
+		enabled, checksum      bool
+		pathManager, scheduler string
+		synRetries             int
+	)
+	set := &cobra.Command{
+		Use:   "set [--path-manager P] [--scheduler S] [--checksum=true|false] [--syn-retries N] [--enabled=true|false]",
+		Short: "Change multipath settings; what is not named stays",
+		Args:  exactly(0, "no arguments besides flags"),
+		RunE: func(c *cobra.Command, _ []string) error {
+			var change webui.MultipathChange
+			given := c.Flags().Changed
+			if given("enabled") {
+				change.Enabled = &enabled
+			}
+			if given("path-manager") {
+				change.PathManager = (*settings.PathManager)(&pathManager)
+			}
+			if given("scheduler") {
+				change.Scheduler = &scheduler
+			}
+			if given("checksum") {
+				change.Checksum = &checksum
+			}
+			if given("syn-retries") {
+				change.SYNRetries = &synRetries
+			}
+			if change == (webui.MultipathChange{}) {
+				return usagef(c, "nothing to set; name at least one setting")
+			}
+			rev, err := a.client().SetMultipath(c.Context(), change)
+			if invalid := (*settings.Invalid)(nil); errors.As(err, &invalid) {
+				return fileError{"settings", invalid}
+			}
+			if err != nil {
+				return err
+			}
+			return a.changed(rev, "the multipath settings are")
+		},
+	}
+	f := set.Flags()
+	f.BoolVar(&enabled, "enabled", true, "use MPTCP at all")
+	f.StringVar(&pathManager, "path-manager", "", "how subflows are opened; 'sheafctl multipath' lists the offer")
+	f.StringVar(&scheduler, "scheduler", "", "which subflow takes the next segment; 'sheafctl multipath' lists the offer")
+	f.BoolVar(&checksum, "checksum", false, "checksum of the data, against middleboxes that change it")
+	f.IntVar(&synRetries, "syn-retries", 0, "how many SYNs ask for MPTCP before plain TCP is tried")
+
+	show := group("multipath", "Show the multipath settings and what the kernel makes of them, or change them", set)
+	unknown := show.RunE
+	show.RunE = func(c *cobra.Command, args []string) error {
+		if len(args) > 0 {
+			return unknown(c, args)
+		}
+		s, err := a.client().Status(c.Context())
+		if err != nil {
+			return err
+		}
+		return a.emit(s.Multipath, func(w *bytes.Buffer) { writeMultipath(w, s) })
+	}
+	return show
+}
+
+func (a *app) flows() *cobra.Command {
+	var (
+		follow bool
+		limit  int
+	)
+	c := &cobra.Command{
+		Use:   "flows",
+		Short: "List the live TCP flows with their bytes over each uplink, the biggest first",
+		Long: "List the live TCP flows with their bytes over each uplink, the biggest first.\n" +
+			"Over the uplinks frames and encryption count too, and what was sent twice.\n" +
+			"With -f -o json each line is one list.",
+		Args: exactly(0, "no arguments"),
+		RunE: func(c *cobra.Command, _ []string) error {
+			if limit < 1 || limit > webui.MaxFlows {
+				return usagef(c, "--limit is %d; it must be from 1 to %d", limit, webui.MaxFlows)
+			}
+			for {
+				f, err := a.client().Flows(c.Context(), limit)
+				if err != nil {
+					return err
+				}
+				if !follow {
+					return a.emit(f, func(w *bytes.Buffer) { writeFlows(w, f) })
+				}
+				if err := a.showAgain(f, func(w *bytes.Buffer) { writeFlows(w, f) }); err != nil {
+					return err
+				}
+				time.Sleep(flowsEvery)
+			}
+		},
+	}
+	c.Flags().BoolVarP(&follow, "follow", "f", false, "show the list again every second until interrupted")
+	c.Flags().IntVar(&limit, "limit", webui.MaxFlows, "list at most so many")
+	return c
+}
+
+// showAgain writes v as one line of JSON, or what text writes, on a terminal in
+// the place of what was there.
+func (a *app) showAgain(v any, text func(w *bytes.Buffer)) error {
+	if a.output.value == "json" {
+		return a.line(v)
+	}
+	height := terminalHeight(a.stdout)
+	if height > 0 {
+		a.out.WriteString("\x1b[H\x1b[J") // to the upper left corner, and clear the rest
+	}
+	var b bytes.Buffer
+	text(&b)
+	a.out.Write(firstLines(b.Bytes(), height-1))
+	if height == 0 {
+		a.out.WriteByte('\n')
+	}
+	return a.flush()
+}
+
+// line writes v as one line of JSON at once.
+func (a *app) line(v any) error {
+	e := json.NewEncoder(&a.out)
+	e.SetEscapeHTML(false)
+	if err := e.Encode(v); err != nil {
+		return err
+	}
+	return a.flush()
+}
+
+func (a *app) events() *cobra.Command {
+	var follow bool
+	c := &cobra.Command{
+		Use:   "events",
+		Short: "Show what has happened: to uplinks, tunnel, settings, concentrator and kernel",
+		Long: "Show what has happened: to uplinks, tunnel, settings, concentrator and kernel.\n" +
+			"The daemon keeps the last 1,000 events since it started.\n" +
+			"With -f -o json each line is one event.",
+		Args: exactly(0, "no arguments"),
+		RunE: func(c *cobra.Command, _ []string) error {
+			list, err := a.client().Events(c.Context(), 0, false)
+			if err != nil {
+				return err
+			}
+			if !follow {
+				return a.emit(list.Events, func(w *bytes.Buffer) { writeEvents(w, list.Events, true) })
+			}
+			last := uint64(0)
+			for head := true; ; head = false {
+				if list.Missed > 0 && !head {
+					a.say("%d events were missed", list.Missed)
+				}
+				if a.output.value == "json" {
+					for _, e := range list.Events {
+						if err := a.line(e); err != nil {
+							return err
+						}
+					}
+				} else {
+					writeEvents(&a.out, list.Events, head)
+				}
+				if err := a.flush(); err != nil {
+					return err
+				}
+				if n := len(list.Events); n > 0 {
+					last = list.Events[n-1].ID
+				}
+				if list, err = a.client().Events(c.Context(), last, true); err != nil {
+					return err
+				}
+			}
+		},
+	}
+	c.Flags().BoolVarP(&follow, "follow", "f", false, "go on with what happens until interrupted")
+	return c
 }
 
 func (a *app) showVersion() *cobra.Command {

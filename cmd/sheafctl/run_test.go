@@ -28,6 +28,8 @@ var update = flag.Bool("update", false, "write what sheafctl does now into testd
 // fakeRouter is a daemon as the section "daemon" of a case describes it.
 type fakeRouter struct {
 	State    webui.Status
+	Listed   []webui.Flows  // one after the other, and then the daemon ends
+	Happened []webui.Events // likewise
 	Pending  string
 	Refusal  *webui.Error
 	Problems []settings.Problem
@@ -60,6 +62,31 @@ func (f *fakeRouter) Apply(_ context.Context, s settings.Settings, author string
 func (f *fakeRouter) SetUplinkMode(_ context.Context, name string, mode settings.Mode, author string) (settings.Revision, error) {
 	f.asked = fmt.Sprintf("set %q to %s by %s\n", name, mode, author)
 	return settings.Revision{Number: 8}, f.err()
+}
+
+func (f *fakeRouter) SetMultipath(_ context.Context, change webui.MultipathChange, author string) (settings.Revision, error) {
+	b, _ := json.Marshal(change)
+	f.asked = fmt.Sprintf("multipath %s by %s\n", b, author)
+	return settings.Revision{Number: 9}, f.err()
+}
+
+func (f *fakeRouter) Flows(_ context.Context, limit int) (webui.Flows, error) {
+	f.asked += fmt.Sprintf("%d flows\n", limit)
+	return next(&f.Listed, f.err())
+}
+
+// next takes the first of list.
+func next[T any](list *[]T, err error) (first T, _ error) {
+	if len(*list) == 0 {
+		return first, &webui.Error{Code: webui.CodeStopping, Detail: "the daemon is stopping"}
+	}
+	first, *list = (*list)[0], (*list)[1:]
+	return first, err
+}
+
+func (f *fakeRouter) Events(_ context.Context, after uint64, wait time.Duration) (webui.Events, error) {
+	f.asked += fmt.Sprintf("events after %d, waiting %v\n", after, wait)
+	return next(&f.Happened, f.err())
 }
 
 func (f *fakeRouter) Join(_ context.Context, token string) (webui.Joined, error) {
@@ -183,6 +210,8 @@ func TestUsage(t *testing.T) {
 		"", "bogus", "statu", "uplink", "uplink bogus", "help bogus", "--bogus", "status --bogus", "--socket",
 		"status extra", "uplinks extra", "version extra", "version -o xml",
 		"join", "join a b", "join -", "apply", "apply -f", "apply -f - extra",
+		"multipath bogus", "multipath set", "multipath set default", "multipath set --scheduler", "multipath set --syn-retries x", "multipath set --checksum=maybe",
+		"flows extra", "flows --limit 0", "flows --limit 10001", "events extra",
 		"uplink set", "uplink set lte", "uplink set lte --mode fast", "uplink set lte dsl --mode on",
 	} {
 		var stdout, stderr bytes.Buffer
@@ -303,6 +332,30 @@ func TestColor(t *testing.T) {
 			t.Errorf("%v, %q", err, out)
 		}
 	})
+}
+
+// On a terminal a live list stays in its place, and is no longer than that.
+func TestFollowingOnATerminal(t *testing.T) {
+	flow := webui.Flow{Client: "192.168.1.7:4000", Destination: "203.0.113.9:80", Through: "tunnel"}
+	list := webui.Flows{Total: 20, Flows: slices.Repeat([]webui.Flow{flow}, 20)}
+	socket := startDaemon(t, &fakeRouter{Listed: []webui.Flows{list, list}})
+	master, slave := openTerminal(t)
+	if err := unix.IoctlSetWinsize(int(slave.Fd()), unix.TIOCSWINSZ, &unix.Winsize{Row: 6, Col: 80}); err != nil {
+		t.Fatal(err)
+	}
+	if code := run([]string{"flows", "-f", "--socket", socket}, nil, slave, io.Discard); code != exitFailed {
+		t.Errorf("exit %d", code)
+	}
+	slave.Close()
+	out, err := io.ReadAll(master)
+	if err != nil && !errors.Is(err, unix.EIO) { // what reads a terminal that has been closed
+		t.Fatal(err)
+	}
+	screens := strings.Split(string(out), "\x1b[H\x1b[J")
+	if len(screens) != 3 || screens[0] != "" || screens[1] != screens[2] || strings.Count(screens[1], "\n") != 5 ||
+		!strings.HasPrefix(screens[1], "CLIENT ") || strings.Count(screens[1], flow.Client) != 4 {
+		t.Errorf("%q", screens)
+	}
 }
 
 func openTerminal(t *testing.T) (master, slave *os.File) {

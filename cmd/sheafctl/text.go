@@ -2,7 +2,7 @@ package main
 
 // The path of a Status to a person: Status ─▶ writeStatus ─▶ labelled lines, and
 // writeUplinks and writeForwards ─▶ writeTable, columns as wide as their widest
-// cell.
+// cell. Multipath settings and flows are such tables, too.
 
 import (
 	"bytes"
@@ -13,6 +13,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"time"
 	"unicode"
 	"unicode/utf8"
 
@@ -80,14 +81,120 @@ func writeStatus(w *bytes.Buffer, s webui.Status, color bool) {
 }
 
 func multipath(m webui.MultipathValues) string {
-	onOff := func(b bool) string {
-		if b {
-			return "on"
-		}
-		return "off"
-	}
 	return fmt.Sprintf("%s, path manager %s, scheduler %s, checksum %s, SYN retries %d",
 		onOff(m.Enabled), or(m.PathManager, "-"), or(m.Scheduler, "-"), onOff(m.Checksum), m.SYNRetries)
+}
+
+func onOff(b bool) string {
+	if b {
+		return "on"
+	}
+	return "off"
+}
+
+// writeMultipath sets what is wanted beside what the kernel does, and lists what
+// may be wanted.
+func writeMultipath(w *bytes.Buffer, s webui.Status) {
+	wanted, kernel := s.Multipath.Wanted, s.Multipath.Kernel
+	writeTable(w, [][]string{
+		{"SETTING", "WANTED", "KERNEL"},
+		{"enabled", onOff(wanted.Enabled), onOff(kernel.Enabled)},
+		{"path manager", wanted.PathManager, or(kernel.PathManager, "-")},
+		{"scheduler", wanted.Scheduler, or(kernel.Scheduler, "-")},
+		{"checksum", onOff(wanted.Checksum), onOff(kernel.Checksum)},
+		{"SYN retries", fmt.Sprint(wanted.SYNRetries), fmt.Sprint(kernel.SYNRetries)},
+	}, nil, false)
+	w.WriteByte('\n')
+	for _, line := range [][2]string{
+		{"path managers", or(strings.Join(s.Multipath.AvailablePathManagers, ", "), "-")},
+		{"schedulers", or(strings.Join(s.Multipath.AvailableSchedulers, ", "), "the kernel does not list them")},
+		{"kernel", s.Kernel.Release + ", MPTCP " + s.Kernel.MPTCP},
+	} {
+		fmt.Fprintf(w, "%-13s %s\n", line[0], printable(line[1]))
+	}
+}
+
+// writeFlows writes a line for each flow, and below it one for each uplink that
+// has carried some of it.
+func writeFlows(w *bytes.Buffer, f webui.Flows) {
+	if len(f.Flows) == 0 {
+		w.WriteString("no flows\n")
+		return
+	}
+	rows := [][]string{{"CLIENT", "DESTINATION", "AGE", "UP", "DOWN"}}
+	for _, flow := range f.Flows {
+		destination := flow.Destination
+		switch {
+		case flow.Inbound:
+			destination += " (inbound)"
+		case flow.Through != "tunnel":
+			destination += " (" + flow.Through + ")"
+		}
+		rows = append(rows, []string{flow.Client, destination, age(flow.AgeS),
+			humanize(float64(flow.UpBytes), "B"), humanize(float64(flow.DownBytes), "B")})
+		for _, u := range flow.Uplinks {
+			rows = append(rows, []string{"  " + or(u.Name, u.Address), "", "",
+				humanize(float64(u.UpBytes), "B"), humanize(float64(u.DownBytes), "B")})
+		}
+	}
+	writeTable(w, rows, []string{"AGE", "UP", "DOWN"}, false)
+	if f.Total > len(f.Flows) {
+		fmt.Fprintf(w, "and %d more flows, smaller ones\n", f.Total-len(f.Flows))
+	}
+}
+
+// age writes seconds in the two largest units that are needed.
+func age(seconds float64) string {
+	d := time.Duration(seconds * float64(time.Second))
+	switch {
+	case d < time.Minute:
+		return fmt.Sprintf("%.1fs", seconds)
+	case d < time.Hour:
+		return fmt.Sprintf("%dm%02ds", d/time.Minute, d/time.Second%60)
+	default:
+		return fmt.Sprintf("%dh%02dm", d/time.Hour, d/time.Minute%60)
+	}
+}
+
+// writeEvents writes a line for each event. Their columns have fixed widths, so
+// that what comes later stands below what came first.
+func writeEvents(w *bytes.Buffer, list []webui.Event, head bool) {
+	line := func(cells ...any) { fmt.Fprintf(w, "%-19s  %-12s  %-10s  %s\n", cells...) }
+	if head {
+		line("TIME (UTC)", "KIND", "UPLINK", "EVENT")
+	}
+	for _, e := range list {
+		line(e.Time.UTC().Format(time.DateTime), printable(e.Kind), printable(or(e.Uplink, "-")), printable(e.Text))
+	}
+}
+
+// firstLines cuts text after n lines, if n is more than 0.
+func firstLines(text []byte, n int) []byte {
+	end := 0
+	for range n {
+		i := bytes.IndexByte(text[end:], '\n')
+		if i < 0 {
+			return text
+		}
+		end += i + 1
+	}
+	if end == 0 {
+		return text
+	}
+	return text[:end]
+}
+
+// terminalHeight is how many lines the terminal w has, 0 if it is none.
+func terminalHeight(w io.Writer) int {
+	f, ok := w.(*os.File)
+	if !ok {
+		return 0
+	}
+	size, err := unix.IoctlGetWinsize(int(f.Fd()), unix.TIOCGWINSZ)
+	if err != nil {
+		return 0
+	}
+	return int(size.Row)
 }
 
 // writeUplinks writes the table of uplinks: rates now, and with totals also all
@@ -183,12 +290,15 @@ func writeTable(w *bytes.Buffer, rows [][]string, numbers []string, color bool) 
 				cell = paint(cell, color)
 			}
 			switch {
-			case i == len(row)-1:
-				w.WriteString(cell)
 			case slices.Contains(numbers, head[i]):
-				w.WriteString(pad + cell + "  ")
+				w.WriteString(pad + cell)
+			case i < len(row)-1:
+				w.WriteString(cell + pad)
 			default:
-				w.WriteString(cell + pad + "  ")
+				w.WriteString(cell)
+			}
+			if i < len(row)-1 {
+				w.WriteString("  ")
 			}
 		}
 		w.WriteByte('\n')

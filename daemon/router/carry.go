@@ -48,7 +48,7 @@ func (r *Router) carry(ctx context.Context, client *net.TCPConn, destination net
 			return
 		}
 		if errors.Is(err, tunnel.ErrDown) && r.current().Settings.WhenTunnelDown == settings.Direct {
-			r.direct(ctx, client, destination)
+			r.carryDirect(ctx, client, destination)
 			return
 		}
 		select {
@@ -66,9 +66,9 @@ func reset(c *net.TCPConn) {
 	_ = c.Close()
 }
 
-// direct relays without the tunnel, out of the best fit uplink over which the
+// carryDirect relays without the tunnel, out of the best fit uplink over which the
 // destination answers.
-func (r *Router) direct(ctx context.Context, client *net.TCPConn, destination netip.AddrPort) {
+func (r *Router) carryDirect(ctx context.Context, client *net.TCPConn, destination netip.AddrPort) {
 	var server *net.TCPConn
 	for _, source := range directSources(r.paths(), r.packets.ranking(), destination.Addr()) {
 		dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: source.AsSlice()}, Timeout: directDial}
@@ -82,8 +82,7 @@ func (r *Router) direct(ctx context.Context, client *net.TCPConn, destination ne
 		reset(client)
 		return
 	}
-	r.directFlows.Add(1)
-	defer r.directFlows.Add(-1)
+	defer r.direct.add(client, server, destination)()
 	// Should this process end now, neither side may take it for a clean end.
 	_ = errors.Join(client.SetLinger(0), server.SetLinger(0))
 	var both sync.WaitGroup

@@ -18,6 +18,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -82,7 +83,10 @@ type Router struct {
 	enrolled *enrolment
 	lastPass reconcile.Pass
 
-	connections, flows, directFlows atomic.Int64
+	connections, flows atomic.Int64
+	direct             directFlows
+	names              names
+	events             *events
 }
 
 // Run serves until ctx ends, and then removes what it put into the kernel.
@@ -98,7 +102,8 @@ func Run(ctx context.Context, c Config) (err error) {
 	}
 	defer func() { _ = socket.Close() }()
 
-	r := &Router{config: c, log: c.Log, state: st, pool: tunnel.NewPool(c.Log), joined: make(chan struct{}, 1), silence: newSilence()}
+	r := &Router{config: c, log: c.Log, state: st, pool: tunnel.NewPool(c.Log), joined: make(chan struct{}, 1), silence: newSilence(),
+		events: newEvents(time.Now())}
 	defer r.asking.Wait()
 	r.inbound = tunnel.NewInbound(r.pool, r.connect, c.Log)
 	r.packets = newPackets(c.Log)
@@ -132,6 +137,7 @@ func Run(ctx context.Context, c Config) (err error) {
 	}
 	r.setPeer()
 	r.setWishes()
+	r.events.add(time.Now(), webui.Event{Kind: "daemon", Text: fmt.Sprintf("sheafd %s has started with settings revision %d", c.Version, r.revision.Number)})
 
 	work, ctx := errgroup.WithContext(ctx)
 	r.packets.supervised = func() { r.supervise(ctx) }
@@ -145,7 +151,7 @@ func Run(ctx context.Context, c Config) (err error) {
 	work.Go(func() error { r.packets.run(ctx); return nil })
 	work.Go(func() error { r.inbound.Run(ctx); return nil })
 	work.Go(func() error { r.watchFlows(ctx); return nil })
-	work.Go(func() error { r.meter.run(ctx, r.observe, r.pool); return nil })
+	work.Go(func() error { r.watch(ctx); return nil })
 	work.Go(func() error { return r.keepJoining(ctx) })
 	work.Go(func() error { return webui.Serve(ctx, socket, webui.NewRouterHandler(r, c.Log)) })
 	work.Go(func() error {
@@ -251,6 +257,9 @@ func (r *Router) reconciled(p reconcile.Pass) {
 	r.mu.Lock()
 	r.lastPass = p
 	r.mu.Unlock()
+	if len(p.Changes) > 0 {
+		r.events.soon()
+	}
 	r.mu.Lock()
 	set, statuses := r.revision.Settings, r.uplinks
 	r.mu.Unlock()
@@ -394,11 +403,42 @@ func (r *Router) SetUplinkMode(ctx context.Context, name string, mode settings.M
 	return r.put(ctx, s, author)
 }
 
+// SetMultipath changes multipath settings.
+func (r *Router) SetMultipath(ctx context.Context, change webui.MultipathChange, author string) (settings.Revision, error) {
+	r.changing.Lock()
+	defer r.changing.Unlock()
+	s := r.current().Settings
+	s.Multipath = change.Of(s.Multipath)
+	if change.Scheduler != nil {
+		info, err := r.kernel.Info()
+		if err != nil {
+			return settings.Revision{}, err
+		}
+		if problem := unoffered(*change.Scheduler, info.Schedulers); problem != nil {
+			return settings.Revision{}, problem
+		}
+	}
+	return r.put(ctx, s, author)
+}
+
+// unoffered refuses a scheduler that is not among those that the kernel lists. One
+// that lists none is asked by trying.
+func unoffered(scheduler string, offered []string) error {
+	if len(offered) == 0 || slices.Contains(offered, scheduler) {
+		return nil
+	}
+	return &settings.Invalid{Problems: []settings.Problem{{Path: "multipath.scheduler",
+		Reason: fmt.Sprintf("this kernel has no scheduler %q: offered are %s", scheduler, strings.Join(offered, ", "))}}}
+}
+
 // put stores settings and makes them so.
 func (r *Router) put(ctx context.Context, s settings.Settings, author string) (settings.Revision, error) {
 	revision, err := r.state.settings.Put(s, author, time.Now())
 	if err != nil {
 		return settings.Revision{}, err
+	}
+	if revision.Number != r.current().Number {
+		r.events.add(time.Now(), webui.Event{Kind: "settings", Text: fmt.Sprintf("revision %d by %s", revision.Number, author)})
 	}
 	r.mu.Lock()
 	r.revision = revision
@@ -462,6 +502,7 @@ func (r *Router) join(ctx context.Context, text string) (enrolment, error) {
 	r.enrolled = &e
 	r.mu.Unlock()
 	r.setPeer()
+	r.events.add(time.Now(), webui.Event{Kind: "concentrator", Text: "joined as " + e.Router + ", key " + e.Key.Fingerprint()})
 	r.log.Info("joined", "as", e.Router, "concentrator", e.Addresses, "key", e.Key.Fingerprint())
 	return e, nil
 }

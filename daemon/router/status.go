@@ -35,21 +35,6 @@ type meter struct {
 // segments are a subflow's counters.
 type segments struct{ sent, again uint32 }
 
-func (m *meter) run(ctx context.Context, observe func() ([]uplink.Status, error), pool *tunnel.Pool) {
-	tick := time.NewTicker(measureEvery)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-		}
-		if statuses, err := observe(); err == nil {
-			m.measure(time.Now(), statuses, pool.Status().Subflows)
-		}
-	}
-}
-
 // measure compares with the last time. A subflow is known by its local address
 // and port.
 func (m *meter) measure(now time.Time, statuses []uplink.Status, subflows []tunnel.Subflow) {
@@ -126,7 +111,7 @@ func (r *Router) Status(ctx context.Context) (webui.Status, error) {
 	s.Packets, s.Forwards = r.describePackets(s.Uplinks, revision.Settings)
 	s.DNS = describeDNS(desired.Resolver(revision.Settings, statuses, r.packets.state()))
 	s.Tunnel = describeTunnel(revision.Settings, s.Uplinks, pool)
-	s.Tunnel.Flows, s.Tunnel.DirectFlows = int(r.flows.Load()), int(r.directFlows.Load())
+	s.Tunnel.Flows, s.Tunnel.DirectFlows = int(r.flows.Load()), r.direct.count()
 	s.Multipath = describeMultipath(revision.Settings.Multipath, info, held)
 	s.Concentrator = webui.ConcentratorStatus{Address: pool.Address, Sessions: pool.Sessions, IdleSessions: pool.Idle}
 	if enrolled != nil {

@@ -321,6 +321,7 @@ func (i *Inbound) dial(ctx context.Context, workers *sync.WaitGroup, peer *Peer,
 	}
 	s.calm = i.pool.calm
 	s.open = func(payload []byte) error { return i.open(ctx, s, payload) }
+	s.resetAccount()
 	i.sessions[s] = &parked{peer: peer, path: won.path.Name}
 	workers.Go(func() {
 		s.run()
@@ -348,7 +349,7 @@ func (i *Inbound) open(ctx context.Context, s *Session, payload []byte) error {
 		i.log.Debug("inbound connection refused", "forward", forward, "client", client, "reason", reason, "error", err)
 		return s.refuse(number, reason)
 	}
-	return s.answer(number, conn, func() { done(); i.wake() })
+	return s.answer(number, conn, func() { s.resetAccount(); done(); i.wake() })
 }
 
 // ping closes a parked session that gives no sign of life.

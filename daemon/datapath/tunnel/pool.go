@@ -324,6 +324,7 @@ func (p *Pool) choose(now time.Time) int {
 
 // Put takes a session back after its flow.
 func (p *Pool) Put(s *Session) {
+	s.resetAccount()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	known := p.sessions[s]
@@ -676,6 +677,7 @@ func (p *Pool) note(path string, err error) {
 // add takes a new session, whose dial began at begun, into the pool and reads it
 // until it ends.
 func (p *Pool) add(s *Session, path string, peer *Peer, begun time.Time) {
+	s.resetAccount()
 	p.mu.Lock()
 	p.dialling--
 	if !peer.serves(p.peer) {

@@ -29,6 +29,7 @@ type flow struct {
 	session *Session
 	number  uint32
 	local   *socket // towards the client, or at the concentrator towards the destination
+	since   time.Time
 
 	// Guarded by session.writing: what this end has said last.
 	sentEnd, sentReset bool
@@ -69,7 +70,7 @@ func (f *flow) close() {
 }
 
 func newFlow(s *Session, number uint32, local *socket) *flow {
-	return &flow{session: s, number: number, local: local,
+	return &flow{session: s, number: number, local: local, since: time.Now(),
 		finished: make(chan struct{}), pumped: make(chan struct{})}
 }
 

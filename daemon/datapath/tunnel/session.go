@@ -73,6 +73,7 @@ type Session struct {
 	heard    atomic.Int64 // when something last arrived, Unix ns
 	sent     atomic.Uint64
 	received atomic.Uint64
+	account  account
 
 	closing sync.Once
 	err     error // why the session ended; read after done is closed

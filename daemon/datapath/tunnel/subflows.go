@@ -32,10 +32,18 @@ type Subflow struct {
 	// Silence is how long nothing came over it, neither data nor acknowledgements;
 	// to the kernel's tick.
 	Silence time.Duration
+
+	// In bytes: what has been sent at least once, what waits to be, what has been
+	// acknowledged, and what has come.
+	sent, unsent, acknowledged, received uint64
 }
 
 // Subflows lists the session's subflows; a session over plain TCP has one.
-func (s *Session) Subflows() ([]Subflow, error) { return s.wire.subflows(s.multipath) }
+func (s *Session) Subflows() ([]Subflow, error) {
+	s.account.mu.Lock()
+	defer s.account.mu.Unlock()
+	return s.look()
+}
 
 // subflows lists the subflows of an MPTCP socket, or the one connection of a
 // plain TCP socket.
@@ -71,6 +79,8 @@ func (f *Subflow) fill(info *unix.TCPInfo) {
 	f.Segments = info.Data_segs_out
 	f.Retransmitted = info.Total_retrans
 	f.Silence = time.Duration(min(info.Last_data_recv, info.Last_ack_recv)) * time.Millisecond
+	f.sent, f.unsent = info.Bytes_sent-info.Bytes_retrans, uint64(info.Notsent_bytes)
+	f.acknowledged, f.received = more(info.Bytes_acked, 1), info.Bytes_received // our SYN is acknowledged too
 }
 
 func multipathSubflows(fd int) ([]Subflow, error) {
