@@ -97,7 +97,7 @@ func TestUplinkStates(t *testing.T) {
 // TestKernelWithoutMPTCP: one uplink carries, the others stand by, and why is
 // said, unless the operator wants it so.
 func TestKernelWithoutMPTCP(t *testing.T) {
-	const reason = "one uplink at a time is used: this kernel has no MPTCP"
+	const reason = "TCP flows use one uplink at a time: this kernel has no MPTCP"
 	s := chosen(t, "a on", "b on")
 	pool := tunnel.Status{Up: true, Sessions: 1, Subflows: []tunnel.Subflow{subflow(1, 0)}}
 	describe := func() ([]webui.UplinkStatus, webui.TunnelStatus) {

@@ -145,7 +145,7 @@ func (r *Router) Status(ctx context.Context) (webui.Status, error) {
 	return s, nil
 }
 
-const withoutMPTCP = "one uplink at a time is used: this kernel has no MPTCP"
+const withoutMPTCP = "TCP flows use one uplink at a time: this kernel has no MPTCP"
 
 // oneUplink says why sessions use one uplink at a time, or nothing when they use
 // all.

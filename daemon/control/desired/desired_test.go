@@ -398,7 +398,7 @@ func TestDiffWithoutMPTCP(t *testing.T) {
 	if len(changes) != 9 || len(Diff(State{}.After(changes...), want)) > 0 {
 		t.Errorf("changes: %v", changes)
 	}
-	if p := Problems(State{}, want); len(p) != 1 || p[0] != "this kernel has no MPTCP: one uplink is used at a time" {
+	if p := Problems(State{}, want); len(p) != 1 || p[0] != "this kernel has no MPTCP: TCP flows use one uplink at a time" {
 		t.Errorf("problems: %q", p)
 	}
 	chosen.Multipath.Enabled = false

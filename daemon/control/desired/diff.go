@@ -221,7 +221,7 @@ func Problems(have, want State) []string {
 	}
 	if have.MPTCP == nil {
 		if want.MPTCP.Sysctls[sysctlEnabled] == "1" {
-			return []string{"this kernel has no MPTCP: one uplink is used at a time"}
+			return []string{"this kernel has no MPTCP: TCP flows use one uplink at a time"}
 		}
 		return nil
 	}

@@ -286,7 +286,7 @@ func TestWithoutMPTCP(t *testing.T) {
 	if have.MPTCP != nil || have.OutOfTree != nil || len(have.Rules) != 9 {
 		t.Errorf("%+v", have)
 	}
-	if problems := desired.Problems(have, want); len(problems) != 1 || problems[0] != "this kernel has no MPTCP: one uplink is used at a time" {
+	if problems := desired.Problems(have, want); len(problems) != 1 || problems[0] != "this kernel has no MPTCP: TCP flows use one uplink at a time" {
 		t.Errorf("problems: %q", problems)
 	}
 	for change, reason := range maps.All(map[desired.Change]string{
