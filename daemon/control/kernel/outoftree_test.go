@@ -78,7 +78,7 @@ func (f *fakeLinks) String() string {
 	return strings.Join(list, ", ")
 }
 
-// files reads a tree's values.
+// files reads a tree's values, each with the end of its line.
 func files(t *testing.T, d directories) string {
 	t.Helper()
 	var b strings.Builder
@@ -88,7 +88,7 @@ func files(t *testing.T, d directories) string {
 				return err
 			}
 			value, err := os.ReadFile(path)
-			fmt.Fprintf(&b, "%s=%s\n", strings.TrimPrefix(path, directory+"/"), strings.TrimSpace(string(value)))
+			fmt.Fprintf(&b, "%s=%s", strings.TrimPrefix(path, directory+"/"), value)
 			return err
 		}))
 	}
