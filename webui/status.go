@@ -130,6 +130,10 @@ type MultipathValues struct {
 type KernelStatus struct {
 	Release string `json:"release"`
 	MPTCP   string `json:"mptcp"` // upstream, v0.9x, none
+	// Connections and Subflows are the established ones that the kernel counts,
+	// other programs' included. Only v0.9x does.
+	Connections int `json:"connections,omitempty"`
+	Subflows    int `json:"subflows,omitempty"`
 }
 
 // ConcentratorStatus is the far end.

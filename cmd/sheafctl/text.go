@@ -54,7 +54,7 @@ func writeStatus(w *bytes.Buffer, s webui.Status, color bool) {
 		line("multipath", "wanted  %s", multipath(m.Wanted))
 		line("", "kernel  %s", multipath(m.Kernel))
 	}
-	line("kernel", "%s, MPTCP %s", s.Kernel.Release, s.Kernel.MPTCP)
+	line("kernel", "%s, MPTCP %s%s", s.Kernel.Release, s.Kernel.MPTCP, connections(s.Kernel))
 	var lan []string
 	for _, i := range s.LAN.Interfaces {
 		if i.Present {
@@ -78,6 +78,14 @@ func writeStatus(w *bytes.Buffer, s webui.Status, color bool) {
 	for _, p := range s.Problems {
 		fmt.Fprintf(w, "  - %s\n", printable(p))
 	}
+}
+
+// connections is what follows the name of a kernel that counts them.
+func connections(k webui.KernelStatus) string {
+	if k.Connections == 0 {
+		return ""
+	}
+	return fmt.Sprintf(", %d connections with %d subflows", k.Connections, k.Subflows)
 }
 
 func multipath(m webui.MultipathValues) string {

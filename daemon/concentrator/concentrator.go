@@ -136,8 +136,7 @@ var resetReasons = map[egress.Failure]tunnel.ResetReason{
 }
 
 func listen(ctx context.Context, addresses []string) ([]net.Listener, error) {
-	config := net.ListenConfig{KeepAliveConfig: tunnel.KeepAlive}
-	config.SetMultipathTCP(true)
+	config := tunnel.ListenConfig()
 	var listeners []net.Listener
 	for _, address := range addresses {
 		l, err := config.Listen(ctx, "tcp", address)

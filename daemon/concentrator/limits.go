@@ -32,6 +32,9 @@ func raiseLimits(ctx context.Context, store *Store, log *slog.Logger) (restore f
 	}
 	defer func() { _ = k.Close() }()
 	before, err := currentLimits(ctx, k)
+	if info, errInfo := k.Info(); errInfo == nil && info.MPTCP == kernel.OutOfTree {
+		return func() {} // it has no such limit
+	}
 	if err == nil && before == nil {
 		log.Warn("this kernel has no MPTCP, or it is off: every session will be plain TCP over one uplink; see sysctl net.mptcp.enabled")
 		return func() {}

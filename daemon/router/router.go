@@ -69,6 +69,8 @@ type Router struct {
 	pool   *tunnel.Pool
 	meter  meter
 
+	hasMPTCP bool // the kernel; it does not change
+
 	packets *packets
 	inbound *tunnel.Inbound
 	silence *silence
@@ -135,6 +137,7 @@ func Run(ctx context.Context, c Config) (err error) {
 	if err != nil {
 		return err
 	}
+	r.hasMPTCP = info.MPTCP != kernel.NoMPTCP
 	r.setPeer()
 	r.setWishes()
 	r.events.add(time.Now(), webui.Event{Kind: "daemon", Text: fmt.Sprintf("sheafd %s has started with settings revision %d", c.Version, r.revision.Number)})
@@ -329,9 +332,10 @@ func (r *Router) setPeer() {
 	r.mu.Unlock()
 	var peer *tunnel.Peer
 	if e != nil {
+		multipath := s.Multipath.Enabled && r.hasMPTCP
 		peer = &tunnel.Peer{
 			Identity: r.state.identity, Concentrator: e.Key, Addresses: e.Addresses,
-			Multipath: s.Multipath.Enabled, Joins: s.Multipath.Enabled && s.Multipath.PathManager == settings.PathManagerFullmesh,
+			Multipath: multipath, Joins: multipath && s.Multipath.PathManager == settings.PathManagerFullmesh,
 			Variant: fmt.Sprint(s.Multipath), Software: "sheafd " + r.config.Version,
 		}
 	}

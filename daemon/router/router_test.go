@@ -8,6 +8,8 @@ import (
 	"testing"
 	"time"
 
+	"sheaf/daemon/control/desired"
+	"sheaf/daemon/control/kernel"
 	"sheaf/daemon/control/reconcile"
 	"sheaf/daemon/control/settings"
 	"sheaf/daemon/datapath/tunnel"
@@ -74,7 +76,8 @@ func TestUplinkStates(t *testing.T) {
 			return s
 		}(), []uplink.Status{fit("a", 1), fit("b", 2)}, up(subflow(1, 0)), "carrying standby", "up"},
 	} {
-		uplinks := describeUplinks(c.settings, c.statuses, c.pool, nil, nil)
+		single := oneUplink(c.settings.Multipath, kernel.Upstream)
+		uplinks := describeUplinks(c.settings, c.statuses, c.pool, nil, nil, single)
 		var states []string
 		for _, u := range uplinks {
 			states = append(states, u.State)
@@ -85,9 +88,54 @@ func TestUplinkStates(t *testing.T) {
 		if got := strings.Join(states, " "); got != c.want {
 			t.Errorf("%s: uplinks %s, want %s", c.name, got, c.want)
 		}
-		if got := describeTunnel(c.settings, uplinks, c.pool); got.State != c.tunnel || got.State != "up" && got.Reason == "" {
+		if got := describeTunnel(c.settings, uplinks, c.pool, single); got.State != c.tunnel || got.State != "up" && got.Reason == "" {
 			t.Errorf("%s: tunnel %s (%s), want %s", c.name, got.State, got.Reason, c.tunnel)
 		}
+	}
+}
+
+// TestKernelWithoutMPTCP: one uplink carries, the others stand by, and why is
+// said, unless the operator wants it so.
+func TestKernelWithoutMPTCP(t *testing.T) {
+	const reason = "TCP flows use one uplink at a time: this kernel has no MPTCP"
+	s := chosen(t, "a on", "b on")
+	pool := tunnel.Status{Up: true, Sessions: 1, Subflows: []tunnel.Subflow{subflow(1, 0)}}
+	describe := func() ([]webui.UplinkStatus, webui.TunnelStatus) {
+		single := oneUplink(s.Multipath, kernel.NoMPTCP)
+		uplinks := describeUplinks(s, []uplink.Status{fit("a", 1), fit("b", 2)}, pool, nil, nil, single)
+		return uplinks, describeTunnel(s, uplinks, pool, single)
+	}
+	uplinks, tunnel := describe()
+	if uplinks[0].State != "carrying" || uplinks[1].State != "standby" || uplinks[1].Reason != reason || tunnel.State != "degraded" || tunnel.Reason != reason {
+		t.Errorf("%+v, %+v", uplinks, tunnel)
+	}
+	s.Multipath.Enabled = false
+	if uplinks, tunnel := describe(); uplinks[1].State != "standby" || uplinks[1].Reason == reason || tunnel.State != "up" {
+		t.Errorf("without wanting MPTCP: %+v, %+v", uplinks, tunnel)
+	}
+}
+
+// TestMultipathAsTheKernelHasIt: of v0.9x no more is said than its sysctls tell.
+func TestMultipathAsTheKernelHasIt(t *testing.T) {
+	want := settings.Multipath{Enabled: true, PathManager: "fullmesh", Scheduler: "redundant", SYNRetries: 2}
+	info := kernel.Info{MPTCP: kernel.OutOfTree, Schedulers: []string{"default"}, Sysctls: map[string]string{
+		"mptcp_enabled": "2", "mptcp_path_manager": "fullmesh", "mptcp_scheduler": "default", "mptcp_checksum": "1", "mptcp_syn_retries": "3",
+	}}
+	m := describeMultipath(want, info, desired.State{})
+	if m.Kernel != (webui.MultipathValues{Enabled: true, PathManager: "fullmesh", Scheduler: "default", Checksum: true, SYNRetries: 3}) {
+		t.Errorf("%+v", m.Kernel)
+	}
+	for _, c := range []struct {
+		wanted bool
+		value  string
+	}{{true, "0"}, {false, "1"}} {
+		want.Enabled, info.Sysctls["mptcp_enabled"] = c.wanted, c.value
+		if describeMultipath(want, info, desired.State{}).Kernel.Enabled {
+			t.Errorf("%+v: our sockets have no MPTCP", c)
+		}
+	}
+	if m := describeMultipath(want, kernel.Info{MPTCP: kernel.NoMPTCP}, desired.State{}); m.Kernel.Enabled || m.Kernel.PathManager != "default" {
+		t.Errorf("none: %+v", m.Kernel)
 	}
 }
 
@@ -96,7 +144,7 @@ func TestUplinkFigures(t *testing.T) {
 	loss := map[netip.Addr]float64{netip.MustParseAddr("10.1.0.2"): 0.25}
 	pool := tunnel.Status{Up: true, Subflows: []tunnel.Subflow{
 		subflow(1, 30*time.Millisecond), subflow(1, 10*time.Millisecond), subflow(1, 20*time.Millisecond), subflow(2, time.Second)}}
-	u := describeUplinks(chosen(t, "a on"), []uplink.Status{fit("a", 1)}, pool, rates, loss)[0]
+	u := describeUplinks(chosen(t, "a on"), []uplink.Status{fit("a", 1)}, pool, rates, loss, "")[0]
 	if u.Subflows != 3 || *u.RTTMs != 20 || *u.Loss != 0.25 || u.RxBps != 1000 || u.TxBps != 2000 ||
 		u.Address != "10.1.0.2" || u.Gateway != "10.1.0.1" {
 		t.Errorf("%+v, RTT %v, loss %v", u, *u.RTTMs, *u.Loss)

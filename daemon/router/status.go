@@ -102,15 +102,16 @@ func (r *Router) Status(ctx context.Context) (webui.Status, error) {
 
 	s := webui.Status{
 		Version:  r.config.Version,
-		Kernel:   webui.KernelStatus{Release: info.Release, MPTCP: info.MPTCP},
+		Kernel:   webui.KernelStatus{Release: info.Release, MPTCP: info.MPTCP, Connections: info.Connections, Subflows: info.Subflows},
 		Settings: webui.SettingsStatus{Revision: revision.Number},
 		Problems: []string{},
 	}
 	statuses = r.silence.apply(revision.Settings, statuses)
-	s.Uplinks = describeUplinks(revision.Settings, statuses, pool, rates, loss)
+	single := oneUplink(revision.Settings.Multipath, info.MPTCP)
+	s.Uplinks = describeUplinks(revision.Settings, statuses, pool, rates, loss, single)
 	s.Packets, s.Forwards = r.describePackets(s.Uplinks, revision.Settings)
 	s.DNS = describeDNS(desired.Resolver(revision.Settings, statuses, r.packets.state()))
-	s.Tunnel = describeTunnel(revision.Settings, s.Uplinks, pool)
+	s.Tunnel = describeTunnel(revision.Settings, s.Uplinks, pool, single)
 	s.Tunnel.Flows, s.Tunnel.DirectFlows = int(r.flows.Load()), r.direct.count()
 	s.Multipath = describeMultipath(revision.Settings.Multipath, info, held)
 	s.Concentrator = webui.ConcentratorStatus{Address: pool.Address, Sessions: pool.Sessions, IdleSessions: pool.Idle}
@@ -129,9 +130,23 @@ func (r *Router) Status(ctx context.Context) (webui.Status, error) {
 	return s, nil
 }
 
+const withoutMPTCP = "TCP flows use one uplink at a time: this kernel has no MPTCP"
+
+// oneUplink says why sessions use one uplink at a time, or nothing when they use
+// all.
+func oneUplink(m settings.Multipath, mptcp string) string {
+	switch {
+	case !m.Enabled || m.PathManager == settings.PathManagerDefault:
+		return "one uplink at a time is used, as the multipath settings say"
+	case mptcp == kernel.NoMPTCP:
+		return withoutMPTCP
+	}
+	return ""
+}
+
 // describeUplinks decides the state of each uplink. One that carries nothing is
-// never called carrying.
-func describeUplinks(s settings.Settings, statuses []uplink.Status, pool tunnel.Status, rates map[string][2]uint64, loss map[netip.Addr]float64) []webui.UplinkStatus {
+// never called carrying. single is what oneUplink says.
+func describeUplinks(s settings.Settings, statuses []uplink.Status, pool tunnel.Status, rates map[string][2]uint64, loss map[netip.Addr]float64, single string) []webui.UplinkStatus {
 	list := make([]webui.UplinkStatus, 0, len(statuses))
 	carrying := false
 	for _, u := range statuses {
@@ -173,8 +188,8 @@ func describeUplinks(s settings.Settings, statuses []uplink.Status, pool tunnel.
 			w.State, w.Reason = "unfit", u.Reason
 		case w.Subflows > 0:
 			w.State = "carrying"
-		case pool.Up && (!s.Multipath.Enabled || s.Multipath.PathManager == settings.PathManagerDefault):
-			w.State, w.Reason = "standby", "one uplink at a time is used, as the multipath settings say"
+		case pool.Up && single != "":
+			w.State, w.Reason = "standby", single
 		default:
 			w.State, w.Reason = "unfit", "no session reaches the concentrator over it"
 			if err := pool.Failed[u.Name]; err != nil {
@@ -194,7 +209,7 @@ func describeUplinks(s settings.Settings, statuses []uplink.Status, pool tunnel.
 	return list
 }
 
-func describeTunnel(s settings.Settings, uplinks []webui.UplinkStatus, pool tunnel.Status) webui.TunnelStatus {
+func describeTunnel(s settings.Settings, uplinks []webui.UplinkStatus, pool tunnel.Status, single string) webui.TunnelStatus {
 	if !pool.Up {
 		t := webui.TunnelStatus{State: "down"}
 		if pool.Reason != nil {
@@ -210,6 +225,9 @@ func describeTunnel(s settings.Settings, uplinks []webui.UplinkStatus, pool tunn
 			return webui.TunnelStatus{State: "degraded", Reason: u.Name + ": something on its path strips MPTCP"}
 		}
 	}
+	if single == withoutMPTCP {
+		return webui.TunnelStatus{State: "degraded", Reason: single}
+	}
 	return webui.TunnelStatus{State: "up"}
 }
 
@@ -219,6 +237,15 @@ func describeMultipath(want settings.Multipath, info kernel.Info, held desired.S
 			Scheduler: want.Scheduler, Checksum: want.Checksum, SYNRetries: want.SYNRetries},
 		AvailableSchedulers:   info.Schedulers,
 		AvailablePathManagers: []string{string(settings.PathManagerDefault), string(settings.PathManagerFullmesh)},
+	}
+	if info.MPTCP == kernel.OutOfTree {
+		// Its switch is for every program: with it on, our sockets do as is wanted.
+		m.Kernel.Enabled = want.Enabled && info.Sysctls["mptcp_enabled"] != "0"
+		m.Kernel.Scheduler = info.Sysctls["mptcp_scheduler"]
+		m.Kernel.PathManager = info.Sysctls["mptcp_path_manager"]
+		m.Kernel.Checksum = info.Sysctls["mptcp_checksum"] == "1"
+		m.Kernel.SYNRetries, _ = strconv.Atoi(info.Sysctls["mptcp_syn_retries"])
+		return m
 	}
 	m.Kernel.Enabled = info.Sysctls["enabled"] == "1"
 	m.Kernel.Scheduler = info.Sysctls["scheduler"]

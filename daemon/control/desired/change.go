@@ -210,6 +210,7 @@ func (s State) After(changes ...Change) State {
 		m.Sysctls = maps.Clone(m.Sysctls)
 		s.MPTCP = &m
 	}
+	s.OutOfTree = s.OutOfTree.clone()
 	for _, c := range changes {
 		c.on(&s)
 	}
@@ -270,9 +271,13 @@ func (c DeleteEndpoint) on(s *State) {
 func (c SetLimits) on(s *State) { s.MPTCP.Limits = c.Limits }
 
 func (c SetSysctl) on(s *State) {
-	if name, ok := strings.CutPrefix(c.Path, mptcpSysctls); ok {
+	name, isMPTCP := strings.CutPrefix(c.Path, mptcpSysctls)
+	switch {
+	case isMPTCP && s.OutOfTree != nil:
+		s.OutOfTree.Sysctls[name] = Sysctl{Value: c.Value}
+	case isMPTCP:
 		s.MPTCP.Sysctls[name] = c.Value
-		return
+	default:
+		s.Sysctls[c.Path] = Sysctl{Value: c.Value}
 	}
-	s.Sysctls[c.Path] = Sysctl{Value: c.Value}
 }

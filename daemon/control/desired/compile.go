@@ -69,6 +69,7 @@ func Compile(s settings.Settings, statuses []uplink.Status, lan []netip.Prefix, 
 		}
 	}
 	state.MPTCP = compileMPTCP(s, statuses)
+	state.OutOfTree = compileOutOfTree(s, statuses, t)
 	slices.SortFunc(state.Rules, compareRules)
 	slices.SortFunc(state.Routes, compareRoutes)
 	return state

@@ -32,6 +32,20 @@ func emptyKernel() State {
 	}, Sysctls: emptySysctls()}
 }
 
+// outOfTreeKernel is a kernel with MPTCP v0.95 as it comes, on which the module
+// mptcp_rr is not loaded.
+func outOfTreeKernel() State {
+	return State{OutOfTree: &OutOfTree{
+		Sysctls: map[string]Sysctl{
+			"mptcp_enabled": {Value: "1"}, "mptcp_version": {Value: "0"}, "mptcp_checksum": {Value: "1"}, "mptcp_syn_retries": {Value: "3"},
+			"mptcp_debug": {Value: "0"}, "mptcp_path_manager": {Value: "fullmesh"}, "mptcp_scheduler": {Value: "default"},
+		},
+		Parameters: map[string]string{"mptcp_fullmesh/num_subflows": "1"},
+		Links:      map[string]LinkFlags{"lo": 0, "lan0": 0, "wan1": 0, "wan2": LinkBackup, "docker0": 0, TunnelName: 0},
+		Refused:    map[string]string{"mptcp_scheduler": "ecf"},
+	}, Sysctls: emptySysctls()}
+}
+
 // emptySysctls are those of a host that was never a router, and filters reverse
 // paths strictly.
 func emptySysctls() map[string]Sysctl {
@@ -166,7 +180,7 @@ func tableChange(before, after Table) string {
 // says the same of a clean stop.
 func TestStories(t *testing.T) {
 	files, _ := filepath.Glob("testdata/*.txt")
-	if len(files) < 12 {
+	if len(files) < 13 {
 		t.Fatalf("stories: %v", files)
 	}
 	for _, file := range files {
@@ -189,6 +203,8 @@ func TestStories(t *testing.T) {
 				title, _, _ := strings.Cut(header, ":")
 				fmt.Fprintf(&out, "== %s\n", header)
 				switch title {
+				case "kernel with MPTCP v0.95":
+					kernel = outOfTreeKernel()
 				case "settings":
 					if chosen, err = settings.Parse([]byte(body)); err != nil {
 						t.Fatal(err)
@@ -382,12 +398,77 @@ func TestDiffWithoutMPTCP(t *testing.T) {
 	if len(changes) != 9 || len(Diff(State{}.After(changes...), want)) > 0 {
 		t.Errorf("changes: %v", changes)
 	}
-	if p := Problems(State{}, want); len(p) != 1 || p[0] != "this kernel has no MPTCP: one uplink is used at a time" {
+	if p := Problems(State{}, want); len(p) != 1 || p[0] != "this kernel has no MPTCP: TCP flows use one uplink at a time" {
 		t.Errorf("problems: %q", p)
 	}
 	chosen.Multipath.Enabled = false
 	if p := Problems(State{}, Compile(chosen, nil, nil, Tunnel{})); len(p) > 0 {
 		t.Errorf("problems though MPTCP is not wanted: %q", p)
+	}
+}
+
+// TestOutOfTreeSwitch: v0.9x is turned on for sockets that ask for it, and the
+// choice of other programs is left to them.
+func TestOutOfTreeSwitch(t *testing.T) {
+	for _, c := range []struct {
+		enabled bool
+		value   string
+		want    string
+	}{
+		{true, "0", "2"}, {true, "1", "1"}, {true, "2", "2"},
+		{false, "0", "0"}, {false, "1", "1"}, {false, "2", "2"},
+	} {
+		chosen := settings.Default()
+		chosen.Multipath.Enabled = c.enabled
+		have := outOfTreeKernel()
+		have.OutOfTree.Sysctls["mptcp_enabled"] = Sysctl{Value: c.value}
+		want := Compile(chosen, nil, nil, Tunnel{})
+		have = have.After(Diff(have, want)...)
+		if got := have.OutOfTree.Sysctls["mptcp_enabled"].Value; got != c.want {
+			t.Errorf("%+v: %s", c, got)
+		}
+	}
+}
+
+// TestOutOfTreeSharedInterface: of two uplinks behind one interface the one that
+// is used more decides, in either order.
+func TestOutOfTreeSharedInterface(t *testing.T) {
+	for _, c := range []struct {
+		modes [2]settings.Mode
+		want  LinkFlags
+	}{
+		{[2]settings.Mode{settings.On, settings.Off}, 0}, {[2]settings.Mode{settings.Off, settings.On}, 0},
+		{[2]settings.Mode{settings.Backup, settings.On}, 0}, {[2]settings.Mode{settings.Off, settings.Backup}, LinkBackup},
+		{[2]settings.Mode{settings.Off, settings.Off}, LinkOff},
+	} {
+		chosen := settings.Default()
+		for i, name := range []string{"dsl", "lte"} {
+			chosen.Uplinks = append(chosen.Uplinks, settings.Uplink{Name: name, Interface: "wan1", Mode: c.modes[i]})
+		}
+		statuses := []uplink.Status{parseStatus(t, "dsl wan1#3 10.1.0.2/24>10.1.0.1"), parseStatus(t, "lte wan1#3 10.1.0.3/24>10.1.0.9")}
+		if got := Compile(chosen, statuses, nil, Tunnel{}).OutOfTree.Links["wan1"]; got != c.want {
+			t.Errorf("%v: %s", c.modes, got)
+		}
+	}
+}
+
+// TestRestore: what was changed is put back by its path, first what sets others.
+func TestRestore(t *testing.T) {
+	got := ""
+	for _, c := range Restore(map[string]string{
+		LinkPath + "wan1": "backup", LinkPath + "lan0": "on", ParameterPath + "mptcp_rr/num_segments": "1",
+		"ipv4/conf/wan1/forwarding": "0", Forwarding6: "0", "mptcp/mptcp_scheduler": "default",
+	}) {
+		got += c.String() + "\n"
+	}
+	if diff := cmp.Diff(`sysctl net.ipv6.conf.all.forwarding=0
+sysctl net.ipv4.conf.wan1.forwarding=0
+ip link set dev lan0 multipath on
+ip link set dev wan1 multipath backup
+echo 1 > /sys/module/mptcp_rr/parameters/num_segments
+sysctl net.mptcp.mptcp_scheduler=default
+`, got); diff != "" {
+		t.Errorf("-want +got\n%s", diff)
 	}
 }
 
@@ -574,7 +655,7 @@ func TestDiffLeadsToWhatIsWanted(t *testing.T) {
 				t.Fatalf("seed %d: %s is %s", seed, path, got.Value)
 			}
 		}
-		step.Sysctls, want.Sysctls = nil, nil
+		step.Sysctls, want.Sysctls, want.OutOfTree = nil, nil, nil
 		equal := cmp.Diff(want, step, cmp.Comparer(func(a, b netip.Addr) bool { return a == b }), cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }),
 			cmp.Comparer(func(a, b []Rule) bool { return slices.Equal(a, b) }), cmp.Comparer(func(a, b []Route) bool { return slices.Equal(a, b) }),
 			cmp.Comparer(func(a, b []Endpoint) bool { return slices.Equal(a, b) }), cmp.Comparer(func(a, b []netip.Prefix) bool { return slices.Equal(a, b) }), cmp.Comparer(func(a, b Table) bool { return a.same(b) }))

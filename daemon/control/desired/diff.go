@@ -34,6 +34,9 @@ func Diff(have, want State) []Change {
 		}
 	}
 
+	setOutOfTree, openLinks, endLinks := diffOutOfTree(have.OutOfTree, want.OutOfTree)
+	added = append(added, setOutOfTree...)
+
 	addAddresses, deleteAddresses := diffDevice(have.Device, want.Device)
 	added = append(added, addAddresses...)
 
@@ -78,10 +81,12 @@ func Diff(have, want State) []Change {
 		deleteEndpoints = nil
 	}
 	added = append(added, addEndpoints...)
+	added = append(added, openLinks...)
 	replaced = append(replaced, replaceEndpoints...)
 	replaced = append(replaced, diffSysctls(have, want)...)
 
 	deleted = append(deleted, deleteEndpoints...)
+	deleted = append(deleted, endLinks...)
 	deleted = append(deleted, deleteAddresses...)
 	if want.Table.Name == "" && have.Table.Name != "" {
 		deleted = append(deleted, DeleteTable{have.Table.Name})
@@ -147,7 +152,7 @@ func diffSysctls(have, want State) []Change {
 	}) {
 		old, exists := have.Sysctls[path]
 		w := wanted[path]
-		if exists && old.Value != w.Value && (w.Instead == "" || w.Instead == old.Value) {
+		if exists && w.replaces(old) {
 			changes = append(changes, SetSysctl{path, w.Value})
 		}
 	}
@@ -208,12 +213,15 @@ func offered(have *MPTCP, name, value string) bool {
 // Problems says what of want this kernel cannot hold, one sentence each. Diff
 // leaves these things out, because trying them again would change nothing.
 func Problems(have, want State) []string {
+	if have.OutOfTree != nil && want.OutOfTree != nil {
+		return problemsOutOfTree(have.OutOfTree, want.OutOfTree)
+	}
 	if want.MPTCP == nil {
 		return nil
 	}
 	if have.MPTCP == nil {
 		if want.MPTCP.Sysctls[sysctlEnabled] == "1" {
-			return []string{"this kernel has no MPTCP: one uplink is used at a time"}
+			return []string{"this kernel has no MPTCP: TCP flows use one uplink at a time"}
 		}
 		return nil
 	}

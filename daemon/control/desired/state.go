@@ -16,6 +16,7 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"strings"
 )
 
 // What is ours in the kernel carries one of these numbers, and package kernel
@@ -113,8 +114,10 @@ type State struct {
 	// exist; those read are all that this package has an interest in.
 	Sysctls map[string]Sysctl
 	// MPTCP is nil when nothing is wanted of MPTCP, or when the kernel that was
-	// read has none.
+	// read has not the upstream implementation.
 	MPTCP *MPTCP
+	// OutOfTree is the same for v0.9x.
+	OutOfTree *OutOfTree
 }
 
 // Rule sends packets from one interface, from one source, to one destination, or
@@ -169,6 +172,11 @@ type Sysctl struct {
 	Instead string
 }
 
+// replaces says whether what is wanted has to be written over what is there.
+func (w Sysctl) replaces(old Sysctl) bool {
+	return old.Value != w.Value && (w.Instead == "" || w.Instead == old.Value)
+}
+
 // Forwarding4 and Forwarding6 are the paths below /proc/sys/net that make a
 // machine forward packets from every interface. For IPv6 there is no other
 // switch.
@@ -194,22 +202,28 @@ func SysctlPaths(interfaces []string) []string {
 	return paths
 }
 
-// Restore puts back what sysctls were before, by path. Those of all interfaces
-// come first, because they set the others.
+// Restore puts back what sysctls were before, by path, and what else there is
+// behind LinkPath and ParameterPath. Sysctls of all interfaces come first,
+// because they set the others.
 func Restore(before map[string]string) []Change {
 	var all, single []Change
 	for _, path := range slices.Sorted(maps.Keys(before)) {
-		change := SetSysctl{Path: path, Value: before[path]}
-		if path == Forwarding4 || path == Forwarding6 {
-			all = append(all, change)
+		value := before[path]
+		if name, ok := strings.CutPrefix(path, LinkPath); ok {
+			single = append(single, SetLinkFlags{name, parseLinkFlags(value)})
+		} else if parameter, ok := strings.CutPrefix(path, ParameterPath); ok {
+			single = append(single, SetParameter{parameter, value})
+		} else if path == Forwarding4 || path == Forwarding6 {
+			all = append(all, SetSysctl{path, value})
 		} else {
-			single = append(single, change)
+			single = append(single, SetSysctl{path, value})
 		}
 	}
 	return append(all, single...)
 }
 
-// MPTCP is what the in-kernel path manager and its sysctls hold.
+// MPTCP is what the in-kernel path manager of the upstream implementation (Linux
+// 5.6 and later) and its sysctls hold.
 type MPTCP struct {
 	Endpoints []Endpoint
 	// Limits are minima when wanted: what is larger stays. Only no extra

@@ -76,7 +76,7 @@ func (e endpoint) ours() bool {
 	return e.flags&flagImplicit == 0 && e.port == 0 && slices.Contains(ids(e.address), e.id)
 }
 
-func (k *Kernel) openMPTCP() error {
+func (k *Kernel) openUpstream() error {
 	conn, err := genetlink.Dial(nil)
 	if err != nil {
 		return fmt.Errorf("open generic netlink: %w", err)

@@ -9,14 +9,21 @@
 //	                           ├▶ table.go      our nftables table, by nf_tables
 //	                           │   └▶ flows.go  tracked flows that it leads elsewhere, by nf_conntrack
 //	                           ├▶ device.go     the TUN: MTU, up, addresses
-//	                           ├▶ endpoint.go   endpoints and limits, by mptcp_pm
+//	                           ├▶ endpoint.go   upstream MPTCP: endpoints and limits, by mptcp_pm
+//	                           ├▶ outoftree.go  MPTCP v0.9x: flags of interfaces, parameters of modules
 //	                           └▶ sysctl.go     /proc/sys/net
-//	desired.State ◀─ Read ◀──── the same five, only what is tagged as ours
+//	desired.State ◀─ Read ◀──── the same six, only what is tagged as ours
 //	Changed ◀─ events.go        somebody, perhaps we, changed something: read again
 //
-// Of MPTCP it drives the upstream implementation (Linux 5.6 and later). It
-// recognises the out-of-tree one (v0.9x) and says so in Info; there is no back
-// end for it yet, and it is left alone.
+// Of MPTCP it drives the implementation that the kernel has, which the names of
+// its sysctls tell: upstream (Linux 5.6 and later, net.mptcp.enabled) or the
+// out-of-tree one (v0.9x, net.mptcp.mptcp_enabled). Without either all else works
+// the same.
+//
+// v0.9x could not be run where this was written, for want of a 4.19 kernel. The
+// tests have a tree of files as v0.95 shows them, written after its source, and a
+// fake for its flags of interfaces; what they cannot show is that the kernel acts
+// on them.
 package kernel
 
 import (
@@ -41,11 +48,15 @@ type Kernel struct {
 	routing   *netlink.Handle // rtnetlink, and nf_conntrack by nfnetlink
 	mptcp     *genetlink.Conn // nil when there is no upstream MPTCP
 	family    genetlink.Family
-	sysctls   map[string]*os.Root // by name below sysctlDirectory; without those that the kernel lacks
+	sysctls   map[string]*os.Root // by name below directories.sysctls; without those that the kernel lacks
+	outOfTree *outOfTree          // nil unless MPTCP is v0.9x
+
+	directories directories
 
 	// Before, if set, is given the values of sysctls below net/ipv4 and net/ipv6
-	// that are about to be changed, so that they can be put back later. When it
-	// fails, they are not changed.
+	// that are about to be changed, so that desired.Restore can put them back
+	// later, and all that is about to be changed of MPTCP v0.9x. When it fails,
+	// nothing is changed.
 	Before func(values map[string]string) error
 
 	// translates says whether our table may have translated UDP ports until now;
@@ -68,20 +79,32 @@ type scope struct {
 	router bool   // has rules, routes and endpoints too
 }
 
+// directories are where the kernel shows its files.
+type directories struct {
+	// sysctls of the network: of the parts below each belongs to one network
+	// namespace, and once it is open, every thread sees that namespace's through
+	// it. The directory itself leads each thread to its own.
+	sysctls string
+	modules string // of the kernel, with their parameters
+	network string // state of the calling thread's network namespace
+}
+
+var running = directories{sysctls: "/proc/sys/net", modules: "/sys/module", network: "/proc/thread-self/net"}
+
 // New opens the kernel of the calling thread's network namespace for a router.
 // Its methods mean that namespace whichever thread calls them.
 func New() (*Kernel, error) {
-	return newKernel(scope{table: desired.TableName, device: desired.TunnelName, router: true})
+	return newKernel(scope{table: desired.TableName, device: desired.TunnelName, router: true}, running)
 }
 
 // NewConcentrator does the same for a concentrator: that has a table, a TUN and
 // sysctls, and the limits of MPTCP, but no rules, routes or endpoints.
 func NewConcentrator() (*Kernel, error) {
-	return newKernel(scope{table: desired.ConcentratorTableName, device: desired.ConcentratorTunnelName})
+	return newKernel(scope{table: desired.ConcentratorTableName, device: desired.ConcentratorTunnelName}, running)
 }
 
-func newKernel(scope scope) (_ *Kernel, err error) {
-	k := &Kernel{scope: scope, translates: true, changed: make(chan struct{}, 1), closed: make(chan struct{})}
+func newKernel(scope scope, directories directories) (_ *Kernel, err error) {
+	k := &Kernel{scope: scope, directories: directories, translates: true, changed: make(chan struct{}, 1), closed: make(chan struct{})}
 	defer func() {
 		if err != nil {
 			_ = k.Close()
@@ -93,10 +116,10 @@ func newKernel(scope scope) (_ *Kernel, err error) {
 	if k.routing, err = netlink.NewHandle(unix.NETLINK_ROUTE, unix.NETLINK_NETFILTER); err != nil {
 		return nil, fmt.Errorf("open rtnetlink and nfnetlink: %w", err)
 	}
-	if err = k.openMPTCP(); err != nil {
+	if err = k.openSysctls(); err != nil {
 		return nil, err
 	}
-	if err = k.openSysctls(); err != nil {
+	if err = k.openMPTCP(); err != nil {
 		return nil, err
 	}
 	if err = k.watch(); err != nil {
@@ -118,6 +141,9 @@ func (k *Kernel) Close() error {
 	}
 	if k.mptcp != nil {
 		_ = k.mptcp.Close()
+	}
+	if k.outOfTree != nil {
+		k.outOfTree.close()
 	}
 	if k.routing != nil {
 		k.routing.Close()
@@ -144,6 +170,7 @@ func (k *Kernel) Read(ctx context.Context) (desired.State, error) {
 		func() (err error) { state.Device, err = k.readDevice(names); return err },
 		func() (err error) { state.Sysctls, err = k.readSysctls(names); return err },
 		func() (err error) { state.MPTCP, err = k.readMPTCP(names); return err },
+		func() (err error) { state.OutOfTree, err = k.readOutOfTree(); return err },
 	} {
 		if err := ctx.Err(); err != nil {
 			return desired.State{}, err
@@ -161,7 +188,7 @@ func (k *Kernel) Read(ctx context.Context) (desired.State, error) {
 func (k *Kernel) Apply(ctx context.Context, changes []desired.Change) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if err := k.rememberSysctls(changes); err != nil {
+	if err := k.remember(changes); err != nil {
 		return err
 	}
 	var failures []error
@@ -174,6 +201,20 @@ func (k *Kernel) Apply(ctx context.Context, changes []desired.Change) error {
 		}
 	}
 	return errors.Join(failures...)
+}
+
+// openMPTCP opens the implementation that the kernel has, if any.
+func (k *Kernel) openMPTCP() error {
+	for name, open := range map[string]func() error{"enabled": k.openUpstream, "mptcp_enabled": k.openOutOfTree} {
+		_, exists, err := k.readSysctl(mptcpDirectory + "/" + name)
+		if err != nil {
+			return err
+		}
+		if exists {
+			return open()
+		}
+	}
+	return nil
 }
 
 func (k *Kernel) apply(change desired.Change) error {
@@ -213,6 +254,10 @@ func (k *Kernel) apply(change desired.Change) error {
 		return k.setLimits(c.Limits)
 	case desired.SetSysctl:
 		return k.setSysctl(c.Path, c.Value)
+	case desired.SetLinkFlags:
+		return k.setLinkFlags(c.Interface, c.Flags)
+	case desired.SetParameter:
+		return k.setParameter(c.Parameter, c.Value)
 	}
 	return fmt.Errorf("package kernel does not know the change %T", change)
 }

@@ -7,7 +7,6 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -552,45 +551,5 @@ func TestOtherThreads(t *testing.T) {
 	}
 	if tables, err := (&nftables.Conn{}).ListTables(); err != nil || len(tables) != 1 {
 		t.Errorf("tables here: %v, %v", tables, err)
-	}
-}
-
-// TestWithoutUpstreamMPTCP: on a kernel with the out-of-tree MPTCP, or none, all
-// else works, and what is there is said.
-func TestWithoutUpstreamMPTCP(t *testing.T) {
-	s := router(t)
-	for want, files := range map[string]map[string]string{
-		"v0.9x": {"mptcp_enabled": "1", "mptcp_scheduler": "default", "mptcp_path_manager": "fullmesh"},
-		"none":  nil,
-	} {
-		k := open(t)
-		k.mptcp.Close()
-		k.sysctls[mptcpDirectory].Close()
-		delete(k.sysctls, mptcpDirectory)
-		k.mptcp = nil
-		if files != nil {
-			directory := t.TempDir()
-			for name, value := range files {
-				must(t, os.WriteFile(filepath.Join(directory, name), []byte(value+"\n"), 0o600))
-			}
-			var err error
-			k.sysctls[mptcpDirectory], err = os.OpenRoot(directory)
-			must(t, err)
-		}
-		info, err := k.Info()
-		must(t, err)
-		if info.MPTCP != want || len(files) > 0 && cmp.Diff(files, info.Sysctls) != "" {
-			t.Errorf("%+v", info)
-		}
-		state := compile(t, s)
-		apply(t, k, state)
-		have := read(t, k)
-		if have.MPTCP != nil || len(desired.Problems(have, state)) != 1 || len(have.Rules) != 9 {
-			t.Errorf("%s: %+v, %v", want, have, desired.Problems(have, state))
-		}
-		err = k.Apply(ctx, []desired.Change{desired.SetLimits{}})
-		if !strings.Contains(fmt.Sprint(err), "this kernel has no upstream MPTCP") {
-			t.Errorf("%s: %v", want, err)
-		}
 	}
 }

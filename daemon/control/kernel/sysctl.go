@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"maps"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -14,17 +15,12 @@ import (
 	"sheaf/daemon/control/desired"
 )
 
-// sysctlDirectory is where the sysctls of the network are. Of its parts below,
-// each belongs to one network namespace: once it is open, every thread sees that
-// namespace's through it. The directory itself leads each thread to its own.
-const sysctlDirectory = "/proc/sys/net/"
-
 const mptcpDirectory = "mptcp"
 
 func (k *Kernel) openSysctls() error {
 	k.sysctls = map[string]*os.Root{}
 	for _, name := range []string{mptcpDirectory, "ipv4", "ipv6"} {
-		root, err := os.OpenRoot(sysctlDirectory + name)
+		root, err := os.OpenRoot(filepath.Join(k.directories.sysctls, name))
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
@@ -36,7 +32,7 @@ func (k *Kernel) openSysctls() error {
 	return nil
 }
 
-// readSysctl returns the value at a path below sysctlDirectory, if the kernel has it.
+// readSysctl returns the value at a path below net, if the kernel has it.
 func (k *Kernel) readSysctl(path string) (value string, exists bool, err error) {
 	directory, name, _ := strings.Cut(path, "/")
 	root := k.sysctls[directory]
@@ -89,23 +85,46 @@ func (k *Kernel) setSysctl(path, value string) error {
 	if root == nil {
 		return fmt.Errorf("this kernel has no net.%s", directory)
 	}
-	f, err := root.OpenFile(name, os.O_WRONLY, 0)
+	err := write(root, name, value)
+	if err != nil && k.outOfTree != nil && directory == mptcpDirectory {
+		return k.outOfTree.refuse(name, value, err)
+	}
+	return err
+}
+
+// write gives a file that the kernel shows a new value. With the end of the line
+// an empty one is written too.
+func write(root *os.Root, name, value string) error {
+	f, err := root.OpenFile(name, os.O_WRONLY|os.O_TRUNC, 0)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	_, err = f.WriteString(value)
+	_, err = f.WriteString(value + "\n")
 	return err
 }
+
+// The implementations of MPTCP that Info tells apart.
+const (
+	Upstream  = "upstream"
+	OutOfTree = "v0.9x"
+	NoMPTCP   = "none"
+)
 
 // Info is what a status page shows of the kernel.
 type Info struct {
 	Release string `json:"release"`
-	// MPTCP is upstream, v0.9x or none.
-	MPTCP        string            `json:"mptcp"`
+	// MPTCP is Upstream, OutOfTree or NoMPTCP.
+	MPTCP string `json:"mptcp"`
+	// Schedulers and PathManagers are those that the kernel offers; v0.9x has no
+	// list, and only tells which is in use.
 	Schedulers   []string          `json:"schedulers"`
 	PathManagers []string          `json:"path_managers"`
 	Sysctls      map[string]string `json:"sysctls"` // by name below net.mptcp
+	// Connections and Subflows are the established ones of the namespace, whose
+	// ever they are. Only v0.9x counts them.
+	Connections int `json:"connections"`
+	Subflows    int `json:"subflows"`
 }
 
 // Info reads what kernel this is and how MPTCP is set in it.
@@ -114,14 +133,12 @@ func (k *Kernel) Info() (Info, error) {
 	if err := unix.Uname(&name); err != nil {
 		return Info{}, fmt.Errorf("uname: %w", err)
 	}
-	info := Info{Release: unix.ByteSliceToString(name.Release[:]), MPTCP: "none"}
+	info := Info{Release: unix.ByteSliceToString(name.Release[:]), MPTCP: NoMPTCP}
 	const (
-		outOfTree    = "mptcp_enabled"
 		pathManagers = "available_path_managers"
 		schedulers   = "available_schedulers"
 	)
-	values, err := k.readMPTCPSysctls(append(desired.SysctlNames(), pathManagers, outOfTree,
-		"mptcp_version", "mptcp_checksum", "mptcp_syn_retries", "mptcp_path_manager", "mptcp_scheduler"))
+	values, err := k.readMPTCPSysctls(slices.Concat(desired.SysctlNames(), []string{pathManagers}, desired.OutOfTreeSysctlNames()))
 	if err != nil {
 		return Info{}, err
 	}
@@ -130,29 +147,38 @@ func (k *Kernel) Info() (Info, error) {
 	info.PathManagers = strings.Fields(values[pathManagers])
 	switch {
 	case k.mptcp != nil:
-		info.MPTCP = "upstream"
-	case values[outOfTree] != "":
-		info.MPTCP = "v0.9x"
+		info.MPTCP = Upstream
+	case k.outOfTree != nil:
+		info.MPTCP = OutOfTree
+		info.Schedulers = []string{values["mptcp_scheduler"]}
+		info.PathManagers = []string{values["mptcp_path_manager"]}
+		info.Connections, info.Subflows, err = k.outOfTree.established()
 	}
-	return info, nil
+	return info, err
 }
 
-// rememberSysctls tells Before what is about to be changed.
-func (k *Kernel) rememberSysctls(changes []desired.Change) error {
+// remember tells Before what is about to be changed.
+func (k *Kernel) remember(changes []desired.Change) error {
 	if k.Before == nil {
 		return nil
 	}
 	values := map[string]string{}
+	if k.outOfTree != nil {
+		var err error
+		if values, err = k.outOfTree.before(changes); err != nil {
+			return err
+		}
+		delete(values, desired.LinkPath+k.scope.device) // the TUN goes with its daemon
+	}
 	for _, change := range changes {
 		c, ok := change.(desired.SetSysctl)
-		if !ok || strings.HasPrefix(c.Path, mptcpDirectory+"/") {
+		if !ok || k.outOfTree == nil && strings.HasPrefix(c.Path, mptcpDirectory+"/") {
 			continue
 		}
 		value, exists, err := k.readSysctl(c.Path)
 		if err != nil {
 			return err
 		}
-		// The TUN goes with its daemon.
 		if exists && !strings.Contains(c.Path, "/conf/"+k.scope.device+"/") {
 			values[c.Path] = value
 		}

@@ -223,6 +223,7 @@ func (d *document) settings(root *yaml.Node) Settings {
 				"scheduler":    func(n *yaml.Node, path string) { d.text(n, path, &m.Scheduler) },
 				"checksum":     func(n *yaml.Node, path string) { d.boolean(n, path, &m.Checksum) },
 				"syn_retries":  func(n *yaml.Node, path string) { d.integer(n, path, &m.SYNRetries) },
+				"out_of_tree":  func(n *yaml.Node, path string) { d.outOfTree(n, path, &m.OutOfTree) },
 			})
 		},
 		"when_tunnel_down": func(n *yaml.Node, path string) { d.text(n, path, (*string)(&s.WhenTunnelDown)) },
@@ -238,6 +239,15 @@ func (d *document) settings(root *yaml.Node) Settings {
 		},
 	})
 	return s
+}
+
+func (d *document) outOfTree(n *yaml.Node, path string, to *OutOfTree) {
+	d.mapping(n, path, fields{
+		"debug":           func(n *yaml.Node, path string) { d.boolean(n, path, &to.Debug) },
+		"binder_gateways": func(n *yaml.Node, path string) { d.text(n, path, &to.BinderGateways) },
+		"num_segments":    func(n *yaml.Node, path string) { d.integer(n, path, &to.NumSegments) },
+		"cwnd_limited":    func(n *yaml.Node, path string) { d.text(n, path, &to.CwndLimited) },
+	})
 }
 
 func (d *document) uplink(n *yaml.Node, path string) Uplink {

@@ -91,6 +91,22 @@ type Multipath struct {
 	Checksum bool `yaml:"checksum" json:"checksum"`
 	// SYNRetries is how many SYNs carry MP_CAPABLE before plain TCP is tried.
 	SYNRetries int `yaml:"syn_retries" json:"syn_retries"`
+	// OutOfTree is for kernels with MPTCP v0.9x, and nothing elsewhere.
+	OutOfTree OutOfTree `yaml:"out_of_tree,omitempty" json:"out_of_tree,omitzero"`
+}
+
+// OutOfTree holds the choices that only MPTCP v0.9x has, as its sysctls and
+// module parameters of these names. What is not set stays as the kernel has it.
+type OutOfTree struct {
+	// Debug makes the kernel log what it does (mptcp_debug).
+	Debug bool `yaml:"debug,omitempty" json:"debug,omitempty"`
+	// BinderGateways are the loose source routes of path manager binder: hops,
+	// which are IPv4 addresses, joined by commas, and routes by hyphens.
+	BinderGateways string `yaml:"binder_gateways,omitempty" json:"binder_gateways,omitempty"`
+	// NumSegments is how many segments scheduler roundrobin sends before the next
+	// subflow, and CwndLimited, "on" or "off", whether it fills congestion windows.
+	NumSegments int    `yaml:"num_segments,omitempty" json:"num_segments,omitempty"`
+	CwndLimited string `yaml:"cwnd_limited,omitempty" json:"cwnd_limited,omitempty"`
 }
 
 // PathManager names the way subflows are opened.

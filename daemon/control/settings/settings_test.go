@@ -86,16 +86,23 @@ func TestValidate(t *testing.T) {
 		t.Fatalf("valid settings: %v", err)
 	}
 	for want, change := range map[string]func(*Settings){
-		"lan.interfaces: names no interface: without one no client is served":                              func(s *Settings) { s.LAN.Interfaces = nil },
-		`lan.interfaces[0]: "a/b" cannot be the name of an interface`:                                      func(s *Settings) { s.LAN.Interfaces[0] = "a/b" },
-		`lan.interfaces[0]: ".." cannot be the name of an interface`:                                       func(s *Settings) { s.LAN.Interfaces[0] = ".." },
-		`lan.interfaces[0]: "a\xff" cannot be the name of an interface`:                                    func(s *Settings) { s.LAN.Interfaces[0] = "a\xff" },
-		"uplinks[0].interface: lan0 is already lan.interfaces[0]: an interface has one place":              func(s *Settings) { s.Uplinks[0].Interface = "lan0" },
-		`uplinks[0].mode: "" is not a mode: offered are on, off, backup`:                                   func(s *Settings) { s.Uplinks[0].Mode = "" },
-		"uplinks[0].address.method: dhcp is not available in this version: offered: existing":              func(s *Settings) { s.Uplinks[0].Address.Method = "dhcp" },
-		"multipath.path_manager: binder is not available in this version: offered: default, fullmesh":      func(s *Settings) { s.Multipath.PathManager = "binder" },
-		`multipath.path_manager: "mesh" is unknown: offered: default, fullmesh`:                            func(s *Settings) { s.Multipath.PathManager = "mesh" },
-		"multipath.syn_retries: is 11: it must be from 0 to 10":                                            func(s *Settings) { s.Multipath.SYNRetries = 11 },
+		"lan.interfaces: names no interface: without one no client is served":                         func(s *Settings) { s.LAN.Interfaces = nil },
+		`lan.interfaces[0]: "a/b" cannot be the name of an interface`:                                 func(s *Settings) { s.LAN.Interfaces[0] = "a/b" },
+		`lan.interfaces[0]: ".." cannot be the name of an interface`:                                  func(s *Settings) { s.LAN.Interfaces[0] = ".." },
+		`lan.interfaces[0]: "a\xff" cannot be the name of an interface`:                               func(s *Settings) { s.LAN.Interfaces[0] = "a\xff" },
+		"uplinks[0].interface: lan0 is already lan.interfaces[0]: an interface has one place":         func(s *Settings) { s.Uplinks[0].Interface = "lan0" },
+		`uplinks[0].mode: "" is not a mode: offered are on, off, backup`:                              func(s *Settings) { s.Uplinks[0].Mode = "" },
+		"uplinks[0].address.method: dhcp is not available in this version: offered: existing":         func(s *Settings) { s.Uplinks[0].Address.Method = "dhcp" },
+		"multipath.path_manager: binder is not available in this version: offered: default, fullmesh": func(s *Settings) { s.Multipath.PathManager = "binder" },
+		`multipath.path_manager: "mesh" is unknown: offered: default, fullmesh`:                       func(s *Settings) { s.Multipath.PathManager = "mesh" },
+		"multipath.syn_retries: is 11: it must be from 0 to 10":                                       func(s *Settings) { s.Multipath.SYNRetries = 11 },
+		"multipath.out_of_tree.binder_gateways: has 11 routes: at most 10 are possible": func(s *Settings) {
+			s.Multipath.OutOfTree.BinderGateways = "192.0.2.1" + strings.Repeat("-192.0.2.1", 10)
+		},
+		"multipath.out_of_tree.binder_gateways: \"192.0.2.1,": func(s *Settings) {
+			s.Multipath.OutOfTree.BinderGateways = "192.0.2.1" + strings.Repeat(",192.0.2.1", 6)
+		},
+		"multipath.out_of_tree.binder_gateways: \"\" is not an IPv4 address":                               func(s *Settings) { s.Multipath.OutOfTree.BinderGateways = "192.0.2.1-" },
 		"concentrator.token: has 4097 bytes: a token has at most 4096":                                     func(s *Settings) { s.Concentrator.Token = strings.Repeat("x", 4097) },
 		"version: is 2: this version of Sheaf reads version 1":                                             func(s *Settings) { s.Version = 2 },
 		`when_tunnel_down: "nat" is not a choice: offered are direct, block`:                               func(s *Settings) { s.WhenTunnelDown = "nat" },

@@ -19,6 +19,12 @@ const (
 	maxLANInterfaces = 16
 	maxToken         = 4 << 10
 	maxSYNRetries    = 10
+
+	// From net/mptcp of MPTCP v0.95: num_segments is a byte; MPTCP_GW_MAX_LISTS and
+	// MPTCP_GW_LIST_MAX_LEN.
+	maxNumSegments  = 255
+	maxBinderRoutes = 10
+	maxBinderHops   = 6
 )
 
 var (
@@ -132,6 +138,16 @@ func check(s Settings) (problems []Problem) {
 	}
 	if m.SYNRetries < 0 || m.SYNRetries > maxSYNRetries {
 		report("multipath.syn_retries", "is %d: it must be from 0 to %d", m.SYNRetries, maxSYNRetries)
+	}
+
+	if n := m.OutOfTree.NumSegments; n < 0 || n > maxNumSegments {
+		report("multipath.out_of_tree.num_segments", "is %d: it must be from 1 to %d, or 0 to leave it as it is", n, maxNumSegments)
+	}
+	if c := m.OutOfTree.CwndLimited; !slices.Contains([]string{"", "on", "off"}, c) {
+		report("multipath.out_of_tree.cwnd_limited", "%s is not a choice: offered are on, off", quote(c))
+	}
+	if reason := binderProblem(m.OutOfTree.BinderGateways); reason != "" {
+		report("multipath.out_of_tree.binder_gateways", "%s", reason)
 	}
 
 	if s.WhenTunnelDown != Direct && s.WhenTunnelDown != Block {
@@ -252,6 +268,30 @@ func hostProblem(a netip.Addr) string {
 		return fmt.Sprintf("%s is an IPv4 address in IPv6 form: write %s", a, a.Unmap())
 	case a.IsUnspecified(), a.IsLoopback(), a.IsMulticast(), a.Is4() && (a.As4()[0] == 0 || a.As4()[0] >= 240):
 		return fmt.Sprintf("%s is not the address of another host: give a unicast address", a)
+	}
+	return ""
+}
+
+// binderProblem says what is wrong with the routes of path manager binder. The
+// kernel forgets all of them when it cannot read one.
+func binderProblem(gateways string) string {
+	if gateways == "" {
+		return ""
+	}
+	routes := strings.Split(gateways, "-")
+	if len(routes) > maxBinderRoutes {
+		return fmt.Sprintf("has %d routes: at most %d are possible", len(routes), maxBinderRoutes)
+	}
+	for _, route := range routes {
+		hops := strings.Split(route, ",")
+		if len(hops) > maxBinderHops {
+			return fmt.Sprintf("%s has %d hops: at most %d are possible", quote(route), len(hops), maxBinderHops)
+		}
+		for _, hop := range hops {
+			if a, err := netip.ParseAddr(hop); err != nil || !a.Is4() {
+				return fmt.Sprintf("%s is not an IPv4 address: write 192.0.2.1,198.51.100.1-192.0.2.2", quote(hop))
+			}
+		}
 	}
 	return ""
 }

@@ -52,6 +52,8 @@ func (wouldBlock) Temporary() bool { return true }
 type socket struct {
 	conn *net.TCPConn
 	raw  syscall.RawConn
+	// outOfTree is set when the connection is one of MPTCP v0.9x.
+	outOfTree outOfTree
 
 	// The callbacks are made once: a closure per call would be garbage per call.
 	readReady  func(fd uintptr) bool

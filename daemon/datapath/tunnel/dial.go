@@ -183,7 +183,8 @@ func Enrol(ctx context.Context, id *Identity, t Token, paths []Path, software st
 func (p *Peer) connect(ctx context.Context, source netip.Addr, address string) (*Session, error) {
 	dialer := net.Dialer{
 		Timeout:         handshakeTime,
-		KeepAliveConfig: KeepAlive,
+		KeepAliveConfig: keepAlive,
+		Control:         control(p.Multipath),
 	}
 	dialer.SetMultipathTCP(p.Multipath)
 	network := "tcp"

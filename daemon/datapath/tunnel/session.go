@@ -40,11 +40,11 @@ const (
 	retireAfter = 200 << 30
 )
 
-// KeepAlive is for the sockets of sessions. Pings go over one subflow: this keeps
+// keepAlive is for the sockets of sessions. Pings go over one subflow: this keeps
 // the others' NAT mappings, which common carriers forget after 5 minutes, and
 // ends the subflows of a peer that has gone. Go's default of 15 s would cost a
 // metered uplink hundreds of megabytes a month.
-var KeepAlive = net.KeepAliveConfig{Enable: true, Idle: 240 * time.Second, Interval: 30 * time.Second, Count: 4}
+var keepAlive = net.KeepAliveConfig{Enable: true, Idle: 240 * time.Second, Interval: 30 * time.Second, Count: 4}
 
 var errSessionClosed = errors.New("session closed")
 
@@ -92,7 +92,10 @@ func newSession(conn *net.TCPConn) (*Session, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Session{wire: w, multipath: multipath, pong: make(chan struct{}, 1), done: make(chan struct{})}
+	if err := w.findOutOfTree(); err != nil {
+		return nil, err
+	}
+	s := &Session{wire: w, multipath: multipath || w.outOfTree != nil, pong: make(chan struct{}, 1), done: make(chan struct{})}
 	s.heard.Store(time.Now().UnixNano())
 	return s, nil
 }

@@ -51,7 +51,17 @@ func (s *socket) subflows(multipath bool) ([]Subflow, error) {
 	var list []Subflow
 	var inner error
 	err := s.raw.Control(func(fd uintptr) {
-		if multipath {
+		switch {
+		case s.outOfTree != nil:
+			inner = outOfTreeSubflows(s.outOfTree, int(fd), func(info *unix.TCPInfo, address []byte) {
+				if info.State == tcpEstablished {
+					f := Subflow{Local: sockaddr(address[:sizeOutOfTreeSockaddr]), Remote: sockaddr(address[sizeOutOfTreeSockaddr:])}
+					f.fill(info)
+					list = append(list, f)
+				}
+			})
+			return
+		case multipath:
 			list, inner = multipathSubflows(int(fd))
 			return
 		}
@@ -166,7 +176,14 @@ func (s *socket) backlog(multipath bool) (backlog, error) {
 func (s *socket) eachSubflow(multipath bool, f func(*unix.TCPInfo)) error {
 	var inner error
 	err := s.raw.Control(func(fd uintptr) {
-		if multipath {
+		if s.outOfTree != nil {
+			// Besides what TCP_INFO says below: what no subflow has taken yet.
+			_ = outOfTreeSubflows(s.outOfTree, int(fd), func(info *unix.TCPInfo, _ []byte) {
+				if info.State == tcpEstablished {
+					total.add(info)
+				}
+			})
+		} else if multipath {
 			infos := borrow()
 			defer infos.release()
 			var stride, n int

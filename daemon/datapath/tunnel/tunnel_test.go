@@ -87,9 +87,7 @@ func newBond(t testing.TB) *bond {
 
 func (b *bond) startServer(address string) {
 	b.t.Helper()
-	config := net.ListenConfig{}
-	config.SetMultipathTCP(true)
-	l, err := config.Listen(context.Background(), "tcp", address)
+	l, err := ListenConfig().Listen(context.Background(), "tcp", address)
 	if err != nil {
 		b.t.Fatal(err)
 	}
