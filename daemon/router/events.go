@@ -242,8 +242,9 @@ func (r *Router) watch(ctx context.Context) {
 		revision, pass := r.revision, r.lastPass
 		r.mu.Unlock()
 		now := moment{kernel: slices.Clone(pass.Problems)}
-		now.uplinks = describeUplinks(revision.Settings, r.silence.apply(revision.Settings, statuses), pool, nil, nil)
-		now.tunnel = describeTunnel(revision.Settings, now.uplinks, pool)
+		single := oneUplink(revision.Settings.Multipath, r.mptcp)
+		now.uplinks = describeUplinks(revision.Settings, r.silence.apply(revision.Settings, statuses), pool, nil, nil, single)
+		now.tunnel = describeTunnel(revision.Settings, now.uplinks, pool, single)
 		now.tunnel.Reason = strings.TrimPrefix(strings.TrimPrefix(now.tunnel.Reason, tunnel.ErrDown.Error()), ": ")
 		if pool.Up {
 			now.reached = pool.Address

@@ -69,7 +69,7 @@ type Router struct {
 	pool   *tunnel.Pool
 	meter  meter
 
-	hasMPTCP bool // the kernel; it does not change
+	mptcp string // which the kernel has, as kernel.Info says; it does not change
 
 	packets *packets
 	inbound *tunnel.Inbound
@@ -137,7 +137,7 @@ func Run(ctx context.Context, c Config) (err error) {
 	if err != nil {
 		return err
 	}
-	r.hasMPTCP = info.MPTCP != kernel.NoMPTCP
+	r.mptcp = info.MPTCP
 	r.setPeer()
 	r.setWishes()
 	r.events.add(time.Now(), webui.Event{Kind: "daemon", Text: fmt.Sprintf("sheafd %s has started with settings revision %d", c.Version, r.revision.Number)})
@@ -332,7 +332,7 @@ func (r *Router) setPeer() {
 	r.mu.Unlock()
 	var peer *tunnel.Peer
 	if e != nil {
-		multipath := s.Multipath.Enabled && r.hasMPTCP
+		multipath := s.Multipath.Enabled && r.mptcp != kernel.NoMPTCP
 		peer = &tunnel.Peer{
 			Identity: r.state.identity, Concentrator: e.Key, Addresses: e.Addresses,
 			Multipath: multipath, Joins: multipath && s.Multipath.PathManager == settings.PathManagerFullmesh,

@@ -127,7 +127,16 @@ type position struct{ written, acknowledged, received uint64 }
 // look reads the subflows and brings the account, which is locked, up to date.
 func (s *Session) look() ([]Subflow, error) {
 	var at position
-	if s.multipath {
+	switch {
+	case s.wire.outOfTree != nil:
+		info, err := s.wire.info()
+		if err != nil {
+			return nil, err
+		}
+		var whole Subflow
+		whole.fill(info)
+		at = position{whole.sent + whole.unsent, whole.acknowledged, whole.received}
+	case s.multipath:
 		// First: what comes between the two calls then is not taken for that of a
 		// subflow that is gone.
 		var err error

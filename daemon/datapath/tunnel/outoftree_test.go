@@ -134,12 +134,12 @@ func TestOutOfTreeSubflows(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	subflow := func(local, remote string, rtt time.Duration) Subflow {
-		return Subflow{Local: netip.MustParseAddrPort(local), Remote: netip.MustParseAddrPort(remote), RTT: rtt, MinRTT: rtt / 2, Segments: 9, Retransmitted: 1}
+	subflow := func(local, remote string, rtt time.Duration, unsent uint64) Subflow {
+		return Subflow{Local: netip.MustParseAddrPort(local), Remote: netip.MustParseAddrPort(remote), RTT: rtt, MinRTT: rtt / 2, Segments: 9, Retransmitted: 1, unsent: unsent}
 	}
 	if want := []Subflow{
-		subflow("10.1.0.2:40112", "203.0.113.10:4443", 20*time.Millisecond),
-		subflow("[2001:db8::2]:40114", "[2001:db8:ffff::10]:4443", 40*time.Millisecond),
+		subflow("10.1.0.2:40112", "203.0.113.10:4443", 20*time.Millisecond, 3000),
+		subflow("[2001:db8::2]:40114", "[2001:db8:ffff::10]:4443", 40*time.Millisecond, 500),
 	}; !slices.Equal(got, want) {
 		t.Errorf("got  %+v\nwant %+v", got, want)
 	}

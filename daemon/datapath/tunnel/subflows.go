@@ -1,6 +1,7 @@
 package tunnel
 
 import (
+	"cmp"
 	"net"
 	"net/netip"
 	"time"
@@ -168,6 +169,13 @@ func (b *backlog) room() int {
 func (s *socket) backlog(multipath bool) (backlog, error) {
 	var total backlog
 	err := s.eachSubflow(multipath, total.add)
+	if s.outOfTree != nil && err == nil {
+		// There what no subflow has taken yet waits in the connection.
+		var info *unix.TCPInfo
+		if info, err = s.info(); err == nil {
+			total.unsent += int(info.Notsent_bytes)
+		}
+	}
 	return total, err
 }
 
@@ -177,13 +185,14 @@ func (s *socket) eachSubflow(multipath bool, f func(*unix.TCPInfo)) error {
 	var inner error
 	err := s.raw.Control(func(fd uintptr) {
 		if s.outOfTree != nil {
-			// Besides what TCP_INFO says below: what no subflow has taken yet.
-			_ = outOfTreeSubflows(s.outOfTree, int(fd), func(info *unix.TCPInfo, _ []byte) {
+			inner = outOfTreeSubflows(s.outOfTree, int(fd), func(info *unix.TCPInfo, _ []byte) {
 				if info.State == tcpEstablished {
-					total.add(info)
+					f(info)
 				}
 			})
-		} else if multipath {
+			return
+		}
+		if multipath {
 			infos := borrow()
 			defer infos.release()
 			var stride, n int
@@ -206,6 +215,15 @@ func (s *socket) eachSubflow(multipath bool, f func(*unix.TCPInfo)) error {
 		err = inner
 	}
 	return err
+}
+
+// info is what TCP_INFO says: of a plain TCP socket, and of a whole connection of
+// MPTCP v0.9x.
+func (s *socket) info() (info *unix.TCPInfo, err error) {
+	errControl := s.raw.Control(func(fd uintptr) {
+		info, err = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
+	})
+	return info, cmp.Or(errControl, err)
 }
 
 // tcpInfo is entry i of what subflowOption read. The kernel may know a shorter
