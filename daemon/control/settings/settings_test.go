@@ -79,35 +79,36 @@ func TestValidate(t *testing.T) {
 	valid := func() Settings {
 		s := Default()
 		s.LAN.Interfaces = []string{"lan0"}
-		s.Uplinks = []Uplink{{Name: "dsl", Interface: "wan1", Mode: On, Address: Address{Existing}}}
+		s.Uplinks = []Uplink{{Name: "dsl", Interface: "wan1", Mode: On, Address: Address{Method: Existing}}}
 		return s
 	}
 	if err := Validate(valid()); err != nil {
 		t.Fatalf("valid settings: %v", err)
 	}
 	for want, change := range map[string]func(*Settings){
-		"lan.interfaces: names no interface: without one no client is served":                              func(s *Settings) { s.LAN.Interfaces = nil },
-		`lan.interfaces[0]: "a/b" cannot be the name of an interface`:                                      func(s *Settings) { s.LAN.Interfaces[0] = "a/b" },
-		`lan.interfaces[0]: ".." cannot be the name of an interface`:                                       func(s *Settings) { s.LAN.Interfaces[0] = ".." },
-		`lan.interfaces[0]: "a\xff" cannot be the name of an interface`:                                    func(s *Settings) { s.LAN.Interfaces[0] = "a\xff" },
-		"uplinks[0].interface: lan0 is already lan.interfaces[0]: an interface has one place":              func(s *Settings) { s.Uplinks[0].Interface = "lan0" },
-		`uplinks[0].mode: "" is not a mode: offered are on, off, backup`:                                   func(s *Settings) { s.Uplinks[0].Mode = "" },
-		"uplinks[0].address.method: dhcp is not available in this version: offered: existing":              func(s *Settings) { s.Uplinks[0].Address.Method = "dhcp" },
-		"multipath.path_manager: binder is not available in this version: offered: default, fullmesh":      func(s *Settings) { s.Multipath.PathManager = "binder" },
-		`multipath.path_manager: "mesh" is unknown: offered: default, fullmesh`:                            func(s *Settings) { s.Multipath.PathManager = "mesh" },
-		"multipath.syn_retries: is 11: it must be from 0 to 10":                                            func(s *Settings) { s.Multipath.SYNRetries = 11 },
-		"concentrator.token: has 4097 bytes: a token has at most 4096":                                     func(s *Settings) { s.Concentrator.Token = strings.Repeat("x", 4097) },
-		"version: is 2: this version of Sheaf reads version 1":                                             func(s *Settings) { s.Version = 2 },
-		`when_tunnel_down: "nat" is not a choice: offered are direct, block`:                               func(s *Settings) { s.WhenTunnelDown = "nat" },
-		"uplinks: has 17 entries: at most 16 are possible":                                                 func(s *Settings) { s.Uplinks = make([]Uplink, 17) },
-		"uplinks[1].name: dsl is already the name of uplinks[0]":                                           func(s *Settings) { u := s.Uplinks[0]; u.Interface = "wan2"; s.Uplinks = append(s.Uplinks, u) },
-		"forwards: has 65 entries: at most 64 are possible":                                                func(s *Settings) { s.Forwards = make([]Forward, 65) },
-		"classes: has 65 entries: at most 64 are possible":                                                 func(s *Settings) { s.Classes = make([]ClassRule, 65) },
-		"uplinks[0].resolvers: has 4 entries: at most 3 are possible":                                      func(s *Settings) { s.Uplinks[0].Resolvers = make([]netip.Addr, 4) },
-		"forwards[0].to: is missing: give a host of the LAN and its port":                                  func(s *Settings) { s.Forwards = []Forward{{Name: "a", Protocol: "tcp", Port: 1, Source: SourceClient}} },
-		"classes[0].dscp: is -1: a code point is from 0 to 63":                                             func(s *Settings) { s.Classes = []ClassRule{{Class: ClassBulk, DSCP: new(-1)}} },
-		"classes[0].ports: 0-9 is no range of ports: it must rise, from 1 to 65535":                        func(s *Settings) { s.Classes = []ClassRule{{Class: ClassBulk, Ports: PortRange{0, 9}}} },
-		"concentrator.token: holds a character that no token has: copy the one line that `concentratord t": func(s *Settings) { s.Concentrator.Token = "a b" },
+		"lan.interfaces: names no interface: without one no client is served":                               func(s *Settings) { s.LAN.Interfaces = nil },
+		`lan.interfaces[0]: "a/b" cannot be the name of an interface`:                                       func(s *Settings) { s.LAN.Interfaces[0] = "a/b" },
+		`lan.interfaces[0]: ".." cannot be the name of an interface`:                                        func(s *Settings) { s.LAN.Interfaces[0] = ".." },
+		`lan.interfaces[0]: "a\xff" cannot be the name of an interface`:                                     func(s *Settings) { s.LAN.Interfaces[0] = "a\xff" },
+		"uplinks[0].interface: lan0 is already lan.interfaces[0]: an interface has one place":               func(s *Settings) { s.Uplinks[0].Interface = "lan0" },
+		`uplinks[0].mode: "" is not a mode: offered are on, off, backup`:                                    func(s *Settings) { s.Uplinks[0].Mode = "" },
+		"uplinks[0].address.method: dhcp is not available in this version: offered: existing, gateway":      func(s *Settings) { s.Uplinks[0].Address.Method = "dhcp" },
+		`multipath.path_manager: "mesh" is unknown: offered: default, fullmesh, ndiffports, binder, netlin`: func(s *Settings) { s.Multipath.PathManager = "mesh" },
+		"multipath.subflows: is 9: it must be from 1 to 8":                                                  func(s *Settings) { s.Multipath.Subflows = 9 },
+		"uplinks[0].address: has gateway or source, which only method gateway uses":                         func(s *Settings) { s.Uplinks[0].Address.Gateway = netip.MustParseAddr("10.0.0.2") },
+		"multipath.syn_retries: is 11: it must be from 0 to 10":                                             func(s *Settings) { s.Multipath.SYNRetries = 11 },
+		"concentrator.token: has 4097 bytes: a token has at most 4096":                                      func(s *Settings) { s.Concentrator.Token = strings.Repeat("x", 4097) },
+		"version: is 2: this version of Sheaf reads version 1":                                              func(s *Settings) { s.Version = 2 },
+		`when_tunnel_down: "nat" is not a choice: offered are direct, block`:                                func(s *Settings) { s.WhenTunnelDown = "nat" },
+		"uplinks: has 17 entries: at most 16 are possible":                                                  func(s *Settings) { s.Uplinks = make([]Uplink, 17) },
+		"uplinks[1].name: dsl is already the name of uplinks[0]":                                            func(s *Settings) { u := s.Uplinks[0]; u.Interface = "wan2"; s.Uplinks = append(s.Uplinks, u) },
+		"forwards: has 65 entries: at most 64 are possible":                                                 func(s *Settings) { s.Forwards = make([]Forward, 65) },
+		"classes: has 65 entries: at most 64 are possible":                                                  func(s *Settings) { s.Classes = make([]ClassRule, 65) },
+		"uplinks[0].resolvers: has 4 entries: at most 3 are possible":                                       func(s *Settings) { s.Uplinks[0].Resolvers = make([]netip.Addr, 4) },
+		"forwards[0].to: is missing: give a host of the LAN and its port":                                   func(s *Settings) { s.Forwards = []Forward{{Name: "a", Protocol: "tcp", Port: 1, Source: SourceClient}} },
+		"classes[0].dscp: is -1: a code point is from 0 to 63":                                              func(s *Settings) { s.Classes = []ClassRule{{Class: ClassBulk, DSCP: new(-1)}} },
+		"classes[0].ports: 0-9 is no range of ports: it must rise, from 1 to 65535":                         func(s *Settings) { s.Classes = []ClassRule{{Class: ClassBulk, Ports: PortRange{0, 9}}} },
+		"concentrator.token: holds a character that no token has: copy the one line that `concentratord t":  func(s *Settings) { s.Concentrator.Token = "a b" },
 	} {
 		s := valid()
 		change(&s)
