@@ -67,6 +67,9 @@ func (r Rule) command(verb string) string {
 	if r.Destination.IsValid() {
 		selectors = append(selectors, "to "+short(r.Destination))
 	}
+	if r.Ports != (Ports{}) {
+		selectors = append(selectors, fmt.Sprintf("sport %d-%d", r.Ports.First, r.Ports.Last))
+	}
 	if r.Mask != 0 {
 		selectors = append(selectors, fmt.Sprintf("fwmark %#x/%#x", r.Mark, r.Mask))
 	}

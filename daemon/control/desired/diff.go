@@ -29,7 +29,7 @@ func Diff(have, want State) []Change {
 				added = append(added, SetSysctl{mptcpSysctls + name, value})
 			}
 		}
-		if limits := have.MPTCP.Limits.meeting(want.MPTCP.Limits); limits != have.MPTCP.Limits {
+		if limits := have.MPTCP.Limits.meeting(want.MPTCP.Limits); limits != have.MPTCP.Limits && !want.MPTCP.Outside {
 			added = append(added, SetLimits{limits})
 		}
 	}
@@ -162,6 +162,9 @@ func diffEndpoints(have, want *MPTCP) (added, replaced, deleted []Change) {
 	if want == nil {
 		want = &MPTCP{}
 	}
+	if want.Held {
+		return nil, nil, nil
+	}
 	for _, w := range slices.SortedFunc(slices.Values(want.Endpoints), compareEndpoints) {
 		at := slices.IndexFunc(have.Endpoints, func(h Endpoint) bool { return h.Address == w.Address })
 		if at < 0 {
@@ -218,11 +221,14 @@ func Problems(have, want State) []string {
 		return nil
 	}
 	var problems []string
+	if want.MPTCP.Held && len(have.MPTCP.Endpoints) > 0 {
+		problems = append(problems, "path manager netlink: the endpoints of before stay until no flow is open, because flows would end with them")
+	}
 	for _, name := range slices.Sorted(maps.Keys(want.MPTCP.Sysctls)) {
 		value := want.MPTCP.Sysctls[name]
 		if _, ok := have.MPTCP.Sysctls[name]; !ok {
 			// Kernels without the knob do what is wanted here.
-			if name == sysctlPMType || name == sysctlBlackhole ||
+			if name == sysctlPMType && value == "0" || name == sysctlBlackhole ||
 				name == sysctlScheduler && value == "default" || name == sysctlSYNRetrans && value == "2" {
 				continue
 			}

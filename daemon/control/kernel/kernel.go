@@ -14,6 +14,9 @@
 //	desired.State ◀─ Read ◀──── the same five, only what is tagged as ours
 //	Changed ◀─ events.go        somebody, perhaps we, changed something: read again
 //
+// The subflows of single sessions are read and changed beside that, in
+// subflow.go.
+//
 // Of MPTCP it drives the upstream implementation (Linux 5.6 and later). It
 // recognises the out-of-tree one (v0.9x) and says so in Info; there is no back
 // end for it yet, and it is left alone.
