@@ -149,7 +149,7 @@ func (r *Router) Status(ctx context.Context) (webui.Status, error) {
 func describeUplinks(s settings.Settings, statuses []uplink.Status, pool tunnel.Status, rates map[string][2]uint64, loss map[netip.Addr]float64) []webui.UplinkStatus {
 	list := make([]webui.UplinkStatus, 0, len(statuses))
 	carrying := false
-	for _, u := range statuses {
+	for i, u := range statuses {
 		mode := modeOf(s, u.Name)
 		w := webui.UplinkStatus{
 			Name: u.Name, Interface: u.Interface, Mode: string(mode),
@@ -157,15 +157,15 @@ func describeUplinks(s settings.Settings, statuses []uplink.Status, pool tunnel.
 			PlainTCP: slices.Contains(pool.Plain, u.Name),
 		}
 		var rtts []time.Duration
+		for _, f := range pool.Subflows {
+			if uplink.Of(statuses, f.Local) == i {
+				w.Subflows++
+				rtts = append(rtts, f.RTT)
+			}
+		}
 		for _, source := range u.Sources {
 			if w.Address == "" {
 				w.Address = source.Addr().String()
-			}
-			for _, f := range pool.Subflows {
-				if f.Local.Addr() == source.Addr() {
-					w.Subflows++
-					rtts = append(rtts, f.RTT)
-				}
 			}
 			if l, ok := loss[source.Addr()]; ok && w.Loss == nil {
 				w.Loss = &l
@@ -188,7 +188,9 @@ func describeUplinks(s settings.Settings, statuses []uplink.Status, pool tunnel.
 			w.State, w.Reason = "unfit", u.Reason
 		case w.Subflows > 0:
 			w.State = "carrying"
-		case pool.Up && (!s.Multipath.Enabled || s.Multipath.PathManager == settings.PathManagerDefault):
+		case pool.Up && s.Multipath.Enabled && s.Multipath.PathManager == settings.PathManagerNetlink:
+			w.State, w.Reason = "standby", "path manager netlink: another program opens no subflow over it"
+		case pool.Up && oneUplink(s.Multipath):
 			w.State, w.Reason = "standby", "one uplink at a time is used, as the multipath settings say"
 		default:
 			w.State, w.Reason = "unfit", "no session reaches the concentrator over it"
@@ -207,6 +209,11 @@ func describeUplinks(s settings.Settings, statuses []uplink.Status, pool tunnel.
 		}
 	}
 	return list
+}
+
+// oneUplink says whether a session uses one uplink only.
+func oneUplink(m settings.Multipath) bool {
+	return !m.Enabled || m.PathManager == settings.PathManagerDefault || m.PathManager == settings.PathManagerNdiffports
 }
 
 func describeTunnel(s settings.Settings, uplinks []webui.UplinkStatus, pool tunnel.Status) webui.TunnelStatus {
@@ -233,17 +240,34 @@ func describeMultipath(want settings.Multipath, info kernel.Info, held desired.S
 		Wanted: webui.MultipathValues{Enabled: want.Enabled, PathManager: string(want.PathManager),
 			Scheduler: want.Scheduler, Checksum: want.Checksum, SYNRetries: want.SYNRetries},
 		AvailableSchedulers:   info.Schedulers,
-		AvailablePathManagers: []string{string(settings.PathManagerDefault), string(settings.PathManagerFullmesh)},
+		AvailablePathManagers: []string{},
 	}
 	m.Kernel.Enabled = info.Sysctls["enabled"] == "1"
 	m.Kernel.Scheduler = info.Sysctls["scheduler"]
 	m.Kernel.Checksum = info.Sysctls["checksum_enabled"] == "1"
 	m.Kernel.SYNRetries, _ = strconv.Atoi(info.Sysctls["syn_retrans_before_tcp_fallback"])
-	m.Kernel.PathManager = string(settings.PathManagerDefault)
-	if held.MPTCP != nil && len(held.MPTCP.Endpoints) > 0 {
-		m.Kernel.PathManager = string(settings.PathManagerFullmesh)
+	userspace, offersUserspace := info.Sysctls["pm_type"]
+	for _, p := range settings.PathManagers {
+		if offersUserspace || !p.Userspace() {
+			m.AvailablePathManagers = append(m.AvailablePathManagers, string(p))
+		}
 	}
+	m.Kernel.PathManager = string(kernelPathManager(want.PathManager, userspace == "1", held.MPTCP))
 	return m
+}
+
+// kernelPathManager is the path manager that what the kernel holds amounts to.
+func kernelPathManager(want settings.PathManager, userspace bool, held *desired.MPTCP) settings.PathManager {
+	endpoints := held != nil && len(held.Endpoints) > 0
+	switch {
+	case userspace && want.Userspace():
+		return want // which of the two only the daemon knows
+	case userspace || want == settings.PathManagerNetlink && !endpoints:
+		return settings.PathManagerNetlink
+	case endpoints && held.Limits.Subflows > 0:
+		return settings.PathManagerFullmesh
+	}
+	return settings.PathManagerDefault
 }
 
 // problems lists what an operator should look at, most serious first.

@@ -128,8 +128,11 @@ func (c SetSubflowBackup) String() string {
 // What is not wanted goes once something else carries, or when nothing is about
 // to.
 func DiffSubflows(m settings.Multipath, ways []Way, have []Subflow, remote netip.AddrPort, mayOpen func(Way) bool) []SubflowChange {
-	if m.PathManager == settings.PathManagerNetlink {
+	switch {
+	case m.PathManager == settings.PathManagerNetlink:
 		return nil
+	case !m.Enabled:
+		m.PathManager = settings.PathManagerDefault
 	}
 	ways = slices.DeleteFunc(slices.Clone(ways), func(w Way) bool { return w.Source.Is4() != remote.Addr().Is4() })
 	on := make([][]Subflow, len(ways))

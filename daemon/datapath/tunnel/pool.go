@@ -56,8 +56,13 @@ const (
 type Path struct {
 	Name    string
 	Sources []netip.Addr // at most one per address family
+	Ports   Ports        // to dial from; any, unless another path has the same address
 	Backup  bool         // dialled from only when no other path works
 }
+
+// Ports is a range of source ports with both its ends. The zero range is all of
+// them.
+type Ports struct{ First, Last uint16 }
 
 // ErrDown says that no session reaches the concentrator.
 var ErrDown = errors.New("the tunnel is down")
@@ -499,6 +504,17 @@ func (p *Pool) weight(path Path) time.Duration {
 	return lowest
 }
 
+// Ranking names the paths in the order in which they are dialled, the best first.
+func (p *Pool) Ranking() []string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var names []string
+	for _, path := range p.rank(time.Now()) {
+		names = append(names, path.Name)
+	}
+	return names
+}
+
 // way is whom to dial at present, and the paths to dial over, the best first.
 // restored is when the concentrator last began to answer again, in Unix ns.
 func (p *Pool) way(now time.Time) (peer *Peer, ranked []Path, restored int64) {
@@ -588,7 +604,7 @@ func incomplete(paths []Path, idle []*pooled, joined map[*pooled][]netip.Addr, n
 // attempt is one way to reach the concentrator.
 type attempt struct {
 	path    Path
-	source  netip.Addr
+	source  source
 	address string
 }
 
@@ -599,11 +615,11 @@ func attempts(ranked []Path, addresses []string) []attempt {
 	for _, address := range addresses {
 		literal, err := netip.ParseAddrPort(address)
 		for _, path := range ranked {
-			for _, source := range path.Sources {
-				if err == nil && literal.Addr().Unmap().Is4() != source.Is4() {
+			for _, from := range path.Sources {
+				if err == nil && literal.Addr().Unmap().Is4() != from.Is4() {
 					continue // the other family cannot reach it
 				}
-				list = append(list, attempt{path, source, address})
+				list = append(list, attempt{path, source{from, path.Ports}, address})
 			}
 		}
 	}
