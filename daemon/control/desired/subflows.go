@@ -219,10 +219,13 @@ func wantedOn(m settings.Multipath, ways []Way, on [][]Subflow) []int {
 }
 
 // wayOf is the place of the way that a subflow takes, or -1. One from a port of
-// no way takes the first that has its address.
+// no uplink takes the first way that has its address.
 func wayOf(ways []Way, local netip.AddrPort) int {
 	if at := slices.IndexFunc(ways, func(w Way) bool { return w.takes(local) }); at >= 0 {
 		return at
+	}
+	if uplink.Allotted(local.Port()) {
+		return -1
 	}
 	return slices.IndexFunc(ways, func(w Way) bool { return w.Source == local.Addr() })
 }

@@ -55,10 +55,11 @@ type Want struct {
 
 // Uplinks that share an address are told apart by the source port. The ranges lie
 // below what Linux gives to sockets by itself (ip_local_port_range, from 32768),
-// one for each place in the settings, whose uplinks are 16 at most.
+// one for each place in the settings.
 const (
 	firstPort      = 16384
 	portsPerUplink = 1024
+	places         = 16
 )
 
 // Judge says of every wanted uplink, in the order given, whether it is fit and
@@ -95,6 +96,11 @@ func Judge(o Observation, wants []Want) []Status {
 func portsOf(place int) Ports {
 	first := uint16(firstPort + place*portsPerUplink)
 	return Ports{first, first + portsPerUplink - 1}
+}
+
+// Allotted says whether a port is in the range of some place, used or not.
+func Allotted(port uint16) bool {
+	return port >= firstPort && int(port) < firstPort+places*portsPerUplink
 }
 
 func shareSource(a, b Status) bool {
