@@ -289,13 +289,16 @@ func compileMPTCP(s settings.Settings, best bestUplinks, t Tunnel) *MPTCP {
 		},
 	}
 	manager := s.Multipath.PathManager
-	if manager == settings.PathManagerNetlink {
-		m.Outside, m.Held = true, t.Flows
-		return m
-	}
-	m.Sysctls[sysctlPMType] = onOff(manager.Userspace())
-	if manager != settings.PathManagerDefault {
-		m.Limits.Subflows = MaxEndpoints
+	switch manager {
+	case settings.PathManagerNetlink:
+		if m.Outside = true; !t.Flows {
+			return m
+		}
+	default:
+		m.Sysctls[sysctlPMType] = onOff(manager.Userspace())
+		if manager != settings.PathManagerDefault {
+			m.Limits.Subflows = MaxEndpoints
+		}
 	}
 	// In the order of what is missed most when there is no room for all.
 	for _, ipv6 := range []bool{false, true} {

@@ -162,13 +162,12 @@ func diffEndpoints(have, want *MPTCP) (added, replaced, deleted []Change) {
 	if want == nil {
 		want = &MPTCP{}
 	}
-	if want.Held {
-		return nil, nil, nil
-	}
 	for _, w := range slices.SortedFunc(slices.Values(want.Endpoints), compareEndpoints) {
 		at := slices.IndexFunc(have.Endpoints, func(h Endpoint) bool { return h.Address == w.Address })
 		if at < 0 {
-			added = append(added, AddEndpoint{w})
+			if !want.Outside {
+				added = append(added, AddEndpoint{w})
+			}
 			continue
 		}
 		h := have.Endpoints[at]
@@ -221,7 +220,7 @@ func Problems(have, want State) []string {
 		return nil
 	}
 	var problems []string
-	if want.MPTCP.Held && len(have.MPTCP.Endpoints) > 0 {
+	if want.MPTCP.Outside && len(have.MPTCP.Endpoints) > 0 && len(want.MPTCP.Endpoints) > 0 {
 		problems = append(problems, "path manager netlink: the endpoints of before stay until no flow is open, because flows would end with them")
 	}
 	for _, name := range slices.Sorted(maps.Keys(want.MPTCP.Sysctls)) {
@@ -239,6 +238,9 @@ func Problems(have, want State) []string {
 		}
 	}
 	for _, e := range want.MPTCP.Omitted {
+		if want.MPTCP.Outside {
+			break // it need not be there
+		}
 		problems = append(problems, fmt.Sprintf("no subflow is opened from %s on %s: the kernel holds at most %d endpoints",
 			e.Address, e.Interface.Name, MaxEndpoints))
 	}

@@ -229,10 +229,9 @@ type MPTCP struct {
 	Sysctls map[string]string
 	// Omitted are wanted endpoints for which the kernel has no room.
 	Omitted []Endpoint
-	// Outside: another program manages paths, and the limits are its own.
+	// Outside: another program manages paths. The limits are its own, and no
+	// endpoint is added, but those that are wanted stay if they are there.
 	Outside bool
-	// Held: what endpoints of ours there are stay for now.
-	Held bool
 }
 
 // Endpoint is a local address that subflows are opened from.
