@@ -273,7 +273,7 @@ func (c DeleteEndpoint) on(s *State) {
 func (c SetLimits) on(s *State) { s.MPTCP.Limits = c.Limits }
 
 func (c SetSysctl) on(s *State) {
-	if name, ok := strings.CutPrefix(c.Path, mptcpSysctls); ok {
+	if name, ok := strings.CutPrefix(c.Path, MPTCPSysctls); ok {
 		s.MPTCP.Sysctls[name] = c.Value
 		return
 	}

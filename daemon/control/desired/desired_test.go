@@ -616,7 +616,7 @@ func phaseOf(c Change, now int) int {
 	case AddEndpoint, DeleteEndpoint, SetEndpointFlags, ReplaceTable:
 		return now
 	case SetSysctl:
-		if !strings.HasPrefix(c.Path, mptcpSysctls) {
+		if !strings.HasPrefix(c.Path, MPTCPSysctls) {
 			return 1
 		}
 	case ReplaceRoute:

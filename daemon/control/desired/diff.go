@@ -26,7 +26,7 @@ func Diff(have, want State) []Change {
 		for _, name := range slices.Sorted(maps.Keys(want.MPTCP.Sysctls)) {
 			value := want.MPTCP.Sysctls[name]
 			if old, ok := have.MPTCP.Sysctls[name]; ok && old != value && offered(have.MPTCP, name, value) {
-				added = append(added, SetSysctl{mptcpSysctls + name, value})
+				added = append(added, SetSysctl{MPTCPSysctls + name, value})
 			}
 		}
 		if limits := have.MPTCP.Limits.meeting(want.MPTCP.Limits); limits != have.MPTCP.Limits && !want.MPTCP.Outside {

@@ -276,8 +276,8 @@ const (
 	sysctlBlackhole  = "blackhole_timeout"
 )
 
-// mptcpSysctls is where the names below net.mptcp are.
-const mptcpSysctls = "mptcp/"
+// MPTCPSysctls is where the names below net.mptcp are, below /proc/sys/net.
+const MPTCPSysctls = "mptcp/"
 
 // SysctlNames are the names below net.mptcp that a State of the kernel holds,
 // where the kernel has them.
