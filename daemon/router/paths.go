@@ -86,7 +86,9 @@ func (s *subflows) run(ctx context.Context) {
 	defer following.Wait()
 	stop := context.CancelFunc(nil) // nil while events are not followed
 	for {
-		again := s.pass(time.Now())
+		begun := time.Now()
+		again := s.pass(begun)
+		took := time.Since(begun)
 		// While there is no session, nobody is woken for those of others.
 		switch some := len(s.sessions.Sessions()) > 0; {
 		case some && stop == nil:
@@ -112,7 +114,8 @@ func (s *subflows) run(ctx context.Context) {
 		case <-due.C:
 		case <-s.wake:
 			due.Stop()
-			sleep(ctx, subflowsSettle)
+			// With thousands of sessions, most of the time is for something else.
+			sleep(ctx, max(subflowsSettle, 4*took))
 		}
 	}
 }

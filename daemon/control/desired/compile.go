@@ -65,9 +65,13 @@ func Compile(s settings.Settings, statuses []uplink.Status, lan []netip.Prefix, 
 	compileDevice(&state, t)
 	compileForwarding(&state, s, t)
 	state.Table = compileTable(s, t, best)
+	usable := slices.Clone(statuses)
+	for i := range usable {
+		usable[i].Fit = slices.ContainsFunc(best, func(b uplink.Status) bool { return b.Name == usable[i].Name })
+	}
 	for i, u := range s.Uplinks {
-		if status, ok := find(statuses, u); ok {
-			compileUplink(&state, i, status, statuses)
+		if status, ok := find(usable, u); ok {
+			compileUplink(&state, i, status, usable)
 		}
 	}
 	state.MPTCP = compileMPTCP(s, best, t)
@@ -213,7 +217,7 @@ func compileForwarding(state *State, s settings.Settings, t Tunnel) {
 // compileUplink makes packets from an uplink's addresses leave by that uplink.
 // That holds in every mode: off stops the use of an uplink and leaves the
 // interface and its routes alone. When several uplinks share an address, what
-// leaves from a port of none of them takes the first that is fit.
+// leaves from a port of none of them takes the first that is fit and not off.
 func compileUplink(state *State, place int, status uplink.Status, all []uplink.Status) {
 	table, priority := firstUplinkTable+place, firstUplinkPriority+place
 	device := Interface{Index: status.Index, Name: status.Interface}

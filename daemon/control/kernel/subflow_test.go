@@ -7,6 +7,7 @@ import (
 	"maps"
 	"net"
 	"net/netip"
+	"os/exec"
 	"slices"
 	"strings"
 	"testing"
@@ -244,5 +245,26 @@ func TestNotManaged(t *testing.T) {
 		if err := b.kernel.ChangeSubflow(token, open); !errors.Is(err, ErrNotManaged) {
 			t.Errorf("token %d: %v", token, err)
 		}
+	}
+}
+
+// TestGatewayRules: two uplinks that share an address lead their packets to their
+// own gateways, by the source port, and a second look changes nothing.
+func TestGatewayRules(t *testing.T) {
+	b := newBonded(t)
+	b.settings.Uplinks[1].Interface = "wan1"
+	b.settings.Uplinks[1].Address = settings.Address{Method: settings.Gateway, Gateway: netip.MustParseAddr("10.1.0.9")}
+	want := compile(t, b.settings)
+	apply(t, b.kernel, want)
+	for port, gateway := range map[int]string{16384: "10.1.0.1", 17407: "10.1.0.1", 17408: "10.1.0.9", 18431: "10.1.0.9", 40000: "10.1.0.1"} {
+		out, err := exec.Command("ip", "route", "get", "198.51.100.1", "from", "10.1.0.2", "ipproto", "tcp", "sport", fmt.Sprint(port)).CombinedOutput()
+		if err != nil || !strings.Contains(string(out), " via "+gateway+" ") {
+			t.Errorf("from port %d: %s, %v; want %s", port, out, err, gateway)
+		}
+	}
+	have, err := b.kernel.Read(context.Background())
+	must(t, err)
+	if again := desired.Diff(have, want); len(again) > 0 {
+		t.Errorf("a second look changes%s", text(again))
 	}
 }

@@ -60,6 +60,11 @@ type Path struct {
 	Backup  bool         // dialled from only when no other path works
 }
 
+// SameSource says whether two paths are dialled from the same addresses and ports.
+func (p Path) SameSource(other Path) bool {
+	return slices.Equal(p.Sources, other.Sources) && p.Ports == other.Ports
+}
+
 // Ports is a range of source ports with both its ends. The zero range is all of
 // them.
 type Ports struct{ First, Last uint16 }
@@ -152,13 +157,13 @@ func (p *Pool) SetPeer(peer *Peer) {
 // is tried at once.
 func (p *Pool) SetPaths(paths []Path) {
 	p.mu.Lock()
-	before := map[string][]netip.Addr{}
+	before := map[string]Path{}
 	for _, path := range p.paths {
-		before[path.Name] = path.Sources
+		before[path.Name] = path
 	}
 	p.paths = paths
 	for _, path := range paths {
-		if sources, ok := before[path.Name]; !ok || !slices.Equal(sources, path.Sources) {
+		if old, ok := before[path.Name]; !ok || !path.SameSource(old) {
 			delete(p.trouble, path.Name)
 		} else {
 			delete(before, path.Name)

@@ -83,7 +83,7 @@ func TestNdiffports(t *testing.T) {
 	if m := s.Multipath; m.Kernel.PathManager != "ndiffports" || w.uplink(s, 2).State != "standby" {
 		t.Errorf("status says path manager %q, and uplink2 is %s (%s)", m.Kernel.PathManager, w.uplink(s, 2).State, w.uplink(s, 2).Reason)
 	}
-	d := w.startDownload(200e6)
+	d := w.startDownload(110e6)
 	w.progress(d, 5e6)
 	if n := w.busySubflows(500e3); n != 2 {
 		t.Errorf("%d subflows carry the download, want 2", n)
