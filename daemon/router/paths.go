@@ -27,7 +27,8 @@ import (
 const (
 	// subflowsEvery is between passes when nothing happens.
 	subflowsEvery = 10 * time.Second
-	// subflowsSettle makes one pass of a burst of wake-ups.
+	// subflowsSettle is from one pass to the next event's, at least: the first event
+	// acts at once, and a burst makes one more pass.
 	subflowsSettle = 10 * time.Millisecond
 	// A way over which a session was opened a subflow is left alone for joinFirst,
 	// doubling to joinLast, before that is done again.
@@ -88,7 +89,7 @@ func (s *subflows) run(ctx context.Context) {
 	for {
 		begun := time.Now()
 		again := s.pass(begun)
-		took := time.Since(begun)
+		ended := time.Now()
 		// While there is no session, nobody is woken for those of others.
 		switch some := len(s.sessions.Sessions()) > 0; {
 		case some && stop == nil:
@@ -115,7 +116,7 @@ func (s *subflows) run(ctx context.Context) {
 		case <-s.wake:
 			due.Stop()
 			// With thousands of sessions, most of the time is for something else.
-			sleep(ctx, max(subflowsSettle, 4*took))
+			sleep(ctx, time.Until(ended.Add(max(subflowsSettle, 4*ended.Sub(begun)))))
 		}
 	}
 }
