@@ -60,18 +60,35 @@ func (c contest) judge(changes []desired.Change, now time.Time) (do []desired.Ch
 	return do, conflicts
 }
 
-// made notes changes that have succeeded.
-func (c contest) made(changes []desired.Change, now time.Time) {
+// made notes what the kernel holds now: what is wanted, after changes that have
+// succeeded.
+func (c contest) made(want *desired.MPTCP, changes []desired.Change, now time.Time) {
 	for _, change := range changes {
 		subject, value := subjectOf(change)
 		if subject == "" {
 			continue
 		}
 		next := contested{value: value}
-		if c[subject].value == value {
+		if known, ok := c[subject]; ok && known.value == value {
 			next.back = now
 		}
 		c[subject] = next
+	}
+	if want == nil {
+		return
+	}
+	// What was so already is ours as well from now on.
+	var all []desired.Change
+	for _, e := range want.Endpoints {
+		all = append(all, desired.AddEndpoint{Endpoint: e})
+	}
+	for name, value := range want.Sysctls {
+		all = append(all, desired.SetSysctl{Path: desired.MPTCPSysctls + name, Value: value})
+	}
+	for _, change := range all {
+		if subject, value := subjectOf(change); c[subject].value != value {
+			c[subject] = contested{value: value}
+		}
 	}
 }
 

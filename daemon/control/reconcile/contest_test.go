@@ -50,7 +50,7 @@ func TestContest(t *testing.T) {
 					changes = []desired.Change{step.change}
 				}
 				made, conflicts := c.judge(changes, now)
-				c.made(made, now)
+				c.made(nil, made, now)
 				if got := len(made) == 1; got != step.made || len(made)+len(conflicts) != len(changes) {
 					t.Errorf("step %d: made %v, conflicts %q", i+1, made, conflicts)
 				}
@@ -67,8 +67,8 @@ func TestConflictIsReported(t *testing.T) {
 		}
 		const change = "sysctl net.mptcp.pm_type=0"
 		undo := func(s *desired.State) { s.MPTCP.Sysctls["pm_type"] = "1" }
-		r := start(t, state("1"), state("0"))
-		r.after(settle, 2, change)
+		r := start(t, state("0"), state("0"))
+		r.after(settle, 1)
 		time.Sleep(time.Second)
 		r.kernel.Disturb(undo)
 		r.after(settle, 2, change)

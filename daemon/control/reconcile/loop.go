@@ -219,9 +219,10 @@ func (l *Loop) pass(ctx context.Context) (p Pass) {
 	p.Changes, conflicts = l.contest.judge(desired.Diff(have, want), time.Now())
 	p.Problems = append(desired.Problems(have, want), conflicts...)
 	if len(p.Changes) > 0 {
-		if p.Err = l.Kernel.Apply(ctx, p.Changes); p.Err == nil {
-			l.contest.made(p.Changes, time.Now())
-		}
+		p.Err = l.Kernel.Apply(ctx, p.Changes)
+	}
+	if p.Err == nil {
+		l.contest.made(want.MPTCP, p.Changes, time.Now())
 	}
 	return p
 }

@@ -336,21 +336,57 @@ func TestNetlinkHandover(t *testing.T) {
 }
 
 // TestPathManagersUnderTransfer: a download goes on through every change of the
-// path manager.
+// path manager, whether the kernel or the daemon manages its session's paths.
 func TestPathManagersUnderTransfer(t *testing.T) {
+	for _, first := range []string{"fullmesh", "binder"} {
+		t.Run(first, func(t *testing.T) {
+			w := upWith(t, "multipath: {path_manager: "+first+"}\n")
+			d := w.startDownload(100e6)
+			w.progress(d, 5e6)
+			for _, manager := range []string{"ndiffports", "default", "binder", "netlink", "fullmesh", "default", "ndiffports", "netlink"} {
+				w.apply(w.Settings("") + "multipath: {path_manager: " + manager + "}\n")
+				w.progress(d, 3e6)
+				time.Sleep(200 * time.Millisecond)
+				w.progress(d, 3e6)
+				t.Logf("%s at %d MB", manager, d.received()/1e6)
+			}
+			w.apply(w.Settings(""))
+			if err := <-d.done; err != nil {
+				t.Fatal(err)
+			}
+			w.need(w.WaitUp())
+		})
+	}
+}
+
+// TestConflict: what another program changes is put back once, and then told of.
+func TestConflict(t *testing.T) {
 	w := up(t)
-	d := w.startDownload(200e6)
-	w.progress(d, 5e6)
-	for _, manager := range []string{"ndiffports", "binder", "default", "binder", "fullmesh", "netlink", "ndiffports", "netlink", "fullmesh", "default", "ndiffports"} {
-		w.apply(w.Settings("") + "multipath: {path_manager: " + manager + "}\n")
-		w.progress(d, 4e6)
-		time.Sleep(200 * time.Millisecond)
-		w.progress(d, 4e6)
-		t.Logf("%s at %d MB", manager, d.received()/1e6)
+	// Nothing tells of such a change: any change of the settings makes the daemon look.
+	look := func(mode string) string {
+		w.mode(3, mode)
+		return w.pmType()
 	}
-	w.apply(w.Settings(""))
-	if err := <-d.done; err != nil {
-		t.Fatal(err)
+	told := func() (problem string) {
+		s, err := w.Status()
+		w.need(err)
+		for _, p := range s.Problems {
+			if strings.Contains(p, "another program") {
+				problem = p
+			}
+		}
+		return problem
 	}
-	w.need(w.WaitUp())
+	w.need(w.Lab.Router.SetSysctl("net/mptcp/pm_type", "1"))
+	if value := look("off"); value != "0" || told() != "" {
+		t.Errorf("pm_type is %s after another program's change, and status says %q", value, told())
+	}
+	w.need(w.Lab.Router.SetSysctl("net/mptcp/pm_type", "1"))
+	if value := look("on"); value != "1" || !strings.Contains(told(), "net.mptcp.pm_type") {
+		t.Errorf("pm_type is %s after the second change, and status says %q", value, told())
+	}
+	w.need(w.Lab.Router.SetSysctl("net/mptcp/pm_type", "0"))
+	if look("off"); told() != "" {
+		t.Errorf("they agree, and status says %q", told())
+	}
 }
