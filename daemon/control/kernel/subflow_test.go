@@ -13,6 +13,7 @@ import (
 	"testing"
 	"unsafe"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"sheaf/daemon/control/desired"
@@ -149,7 +150,9 @@ func TestManagedSubflows(t *testing.T) {
 
 	m.wish.PathManager = settings.PathManagerBinder
 	m.ways[1].Backup = true
-	m.settle()
+	if changes := m.settle(); strings.Contains(changes, "change") {
+		t.Errorf("the backup was not one from the start:%s", changes)
+	}
 	m.expect("10.1.0.2 10.2.0.2(backup)")
 	// A kernel that had to wait for a processor may take the other for dead, once.
 	eventually(t, "the backup is quiet", func() (bool, string) {
@@ -183,6 +186,35 @@ func TestManagedSubflows(t *testing.T) {
 	m.ways = all[1:]
 	m.settle()
 	m.expect("10.2.0.2")
+}
+
+// TestPeerIsTold: the peer ends its part of a subflow whose uplink is dead, because
+// it is told so over another.
+func TestPeerIsTold(t *testing.T) {
+	b := newBonded(t)
+	m := newManaged(t, b)
+	m.settle()
+	m.expect("10.1.0.2 10.2.0.2")
+	ends := func() (list string) {
+		t.Helper()
+		b.cloud.do(t, func() error {
+			out, err := exec.Command("ss", "-tnH", "state", "established", "sport", "=", ":443").Output()
+			list = string(out)
+			return err
+		})
+		return list
+	}
+	if !strings.Contains(ends(), "10.2.0.2") {
+		t.Fatalf("the peer has %s", ends())
+	}
+	// Nothing that leaves by wan2 arrives any more.
+	wan2, err := netlink.LinkByName("wan2")
+	must(t, err)
+	must(t, netlink.NeighSet(&netlink.Neigh{LinkIndex: wan2.Attrs().Index, IP: net.ParseIP("10.2.0.1"), HardwareAddr: net.HardwareAddr{2, 0, 0, 0, 0, 9}, State: netlink.NUD_PERMANENT}))
+	m.ways = m.ways[:1]
+	m.settle()
+	eventually(t, "the peer's end", func() (bool, string) { list := ends(); return !strings.Contains(list, "10.2.0.2"), list })
+	must(t, echo(m.conn))
 }
 
 // TestSubflowPorts: with a range of ports, a subflow leaves from one of them, also

@@ -67,8 +67,10 @@ func (p *Peer) Reach(ctx context.Context, path Path) error {
 	if len(list) == 0 {
 		return p.unreachable()
 	}
+	alone := *p
+	alone.Managed = nil // one subflow is all that is asked for
 	s, _, err := race[*Session]{
-		dial: func(ctx context.Context, a attempt) (*Session, error) { return p.dial(ctx, a.source, a.address) },
+		dial: func(ctx context.Context, a attempt) (*Session, error) { return alone.dial(ctx, a.source, a.address) },
 		drop: (*Session).Close,
 	}.run(ctx, list)
 	if err == nil {
