@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"math"
 	"net/http"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -17,6 +18,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 
 	"sheaf/daemon/control/settings"
 )
@@ -432,7 +434,7 @@ func check(t *testing.T, err error, got, want any) {
 	t.Helper()
 	if err != nil {
 		t.Error(err)
-	} else if diff := cmp.Diff(want, got); diff != "" {
+	} else if diff := cmp.Diff(want, got, cmpopts.EquateComparable(netip.Addr{})); diff != "" {
 		t.Errorf("-want +got:\n%s", diff)
 	}
 }

@@ -40,8 +40,10 @@ func (r *Router) carry(ctx context.Context, client *net.TCPConn, destination net
 		if err == nil {
 			r.flows.Add(1)
 			err = session.Relay(client, destination)
-			r.flows.Add(-1)
 			r.pool.Put(session)
+			if r.flows.Add(-1) == 0 && r.current().Settings.Multipath.PathManager == settings.PathManagerNetlink {
+				r.loop.Poke() // now endpoints may go
+			}
 			if err != nil {
 				r.log.Debug("flow ended early", "client", client.RemoteAddr(), "destination", destination, "error", err)
 			}

@@ -207,7 +207,7 @@ func (p *packets) keepCarriers(ctx context.Context, work *sync.WaitGroup) {
 			wanted[""] = tunnel.Path{}
 		}
 		for name, c := range p.carriers {
-			if path, ok := wanted[name]; !ok || !slices.Equal(path.Sources, c.path.Sources) {
+			if path, ok := wanted[name]; !ok || !path.SameSource(c.path) {
 				p.dropLocked(name)
 			}
 		}

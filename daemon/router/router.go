@@ -71,10 +71,11 @@ type Router struct {
 
 	mptcp string // which the kernel has, as kernel.Info says; it does not change
 
-	packets *packets
-	inbound *tunnel.Inbound
-	silence *silence
-	asking  sync.WaitGroup
+	packets  *packets
+	inbound  *tunnel.Inbound
+	silence  *silence
+	subflows *subflows
+	asking   sync.WaitGroup
 
 	changing sync.Mutex // orders changes of settings and enrolment
 	joined   chan struct{}
@@ -89,6 +90,8 @@ type Router struct {
 	direct             directFlows
 	names              names
 	events             *events
+
+	handed atomic.Int64 // how often endpoints were left to another program
 }
 
 // Run serves until ctx ends, and then removes what it put into the kernel.
@@ -109,6 +112,7 @@ func Run(ctx context.Context, c Config) (err error) {
 	defer r.asking.Wait()
 	r.inbound = tunnel.NewInbound(r.pool, r.connect, c.Log)
 	r.packets = newPackets(c.Log)
+	r.subflows = newSubflows(c.Log)
 	r.packets.reach, r.packets.calm = r.pool.SetReachable, r.pool.SetCalm
 	if r.revision, err = st.settings.Current(); err != nil {
 		return err
@@ -126,6 +130,7 @@ func Run(ctx context.Context, c Config) (err error) {
 	}
 	defer func() { err = errors.Join(err, r.kernel.Close()) }()
 	r.kernel.Before = st.addSysctls
+	r.subflows.kernel, r.subflows.wish = r.kernel, r.ways
 	r.loop = &reconcile.Loop{Kernel: r.kernel, Want: r.want, Report: r.reconciled, Log: c.Log}
 	r.packets.changed = r.loop.Poke
 
@@ -153,6 +158,7 @@ func Run(ctx context.Context, c Config) (err error) {
 	work.Go(func() error { r.pool.Run(ctx); return nil })
 	work.Go(func() error { r.packets.run(ctx); return nil })
 	work.Go(func() error { r.inbound.Run(ctx); return nil })
+	work.Go(func() error { r.subflows.run(ctx); return nil })
 	work.Go(func() error { r.watchFlows(ctx); return nil })
 	work.Go(func() error { r.watch(ctx); return nil })
 	work.Go(func() error { return r.keepJoining(ctx) })
@@ -250,7 +256,9 @@ func (r *Router) want() (desired.State, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.uplinks = statuses
-	return desired.Compile(r.revision.Settings, r.silence.apply(r.revision.Settings, statuses), uplink.Networks(lan), r.packets.state()), nil
+	tunnel := r.packets.state()
+	tunnel.Flows = r.flows.Load() > 0 || r.inbound.Busy()
+	return desired.Compile(r.revision.Settings, r.silence.apply(r.revision.Settings, statuses), uplink.Networks(lan), tunnel), nil
 }
 
 // reconciled follows every pass of the loop. Only now may sessions be dialled
@@ -266,8 +274,25 @@ func (r *Router) reconciled(p reconcile.Pass) {
 	r.mu.Lock()
 	set, statuses := r.revision.Settings, r.uplinks
 	r.mu.Unlock()
+	if set.Multipath.PathManager == settings.PathManagerNetlink && slices.ContainsFunc(p.Changes, func(c desired.Change) bool {
+		_, is := c.(desired.DeleteEndpoint)
+		return is
+	}) {
+		// The idle sessions have lost their subflows.
+		r.handed.Add(1)
+		r.setPeer()
+	}
 	r.pool.SetPaths(paths(set, r.silence.apply(set, statuses)))
 	r.packets.setPaths(paths(set, statuses))
+	r.subflows.kick()
+}
+
+// ways are those that subflows may take now, and what the settings want of them.
+func (r *Router) ways() (settings.Multipath, []desired.Way) {
+	r.mu.Lock()
+	set, statuses := r.revision.Settings, r.uplinks
+	r.mu.Unlock()
+	return set.Multipath, desired.Ways(set, r.silence.apply(set, statuses), r.pool.Ranking())
 }
 
 // paths are the uplinks that may carry now.
@@ -283,7 +308,7 @@ func (r *Router) observe() ([]uplink.Status, error) {
 	var wanted []uplink.Want
 	for _, u := range s.Uplinks {
 		names = append(names, u.Interface)
-		wanted = append(wanted, uplink.Want{Name: u.Name, Interface: u.Interface})
+		wanted = append(wanted, uplink.Want{Name: u.Name, Interface: u.Interface, Gateway: u.Address.Gateway, Source: u.Address.Source})
 	}
 	seen, err := uplink.Observe(names)
 	if err != nil {
@@ -307,7 +332,7 @@ func paths(s settings.Settings, statuses []uplink.Status) []tunnel.Path {
 		if !status.Fit || mode == settings.Off {
 			continue
 		}
-		p := tunnel.Path{Name: status.Name, Backup: mode == settings.Backup}
+		p := tunnel.Path{Name: status.Name, Ports: tunnel.Ports(status.Ports), Backup: mode == settings.Backup}
 		for _, source := range status.Sources {
 			p.Sources = append(p.Sources, source.Addr())
 		}
@@ -336,7 +361,11 @@ func (r *Router) setPeer() {
 		peer = &tunnel.Peer{
 			Identity: r.state.identity, Concentrator: e.Key, Addresses: e.Addresses,
 			Multipath: multipath, Joins: multipath && s.Multipath.PathManager == settings.PathManagerFullmesh,
-			Variant: fmt.Sprint(s.Multipath), Software: "sheafd " + r.config.Version,
+			Variant: fmt.Sprint(s.Multipath, r.handed.Load()), Software: "sheafd " + r.config.Version,
+		}
+		// v0.9x has these path managers itself.
+		if multipath && r.mptcp == kernel.Upstream && s.Multipath.PathManager.Userspace() {
+			peer.Managed = r.subflows.sessions
 		}
 	}
 	r.pool.SetPeer(peer)

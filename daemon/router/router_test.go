@@ -39,6 +39,22 @@ func subflow(number int, rtt time.Duration) tunnel.Subflow {
 	return tunnel.Subflow{Local: netip.MustParseAddrPort(fmt.Sprintf("10.%d.0.2:4000", number)), RTT: rtt}
 }
 
+func from(local string) tunnel.Subflow {
+	return tunnel.Subflow{Local: netip.MustParseAddrPort(local)}
+}
+
+// shared are two uplinks that share an address.
+func shared() []uplink.Status {
+	a, b := fit("a", 1), fit("b", 1)
+	a.Ports, b.Ports = uplink.Ports{First: 100, Last: 199}, uplink.Ports{First: 200, Last: 299}
+	return []uplink.Status{a, b}
+}
+
+func managed(s settings.Settings, p settings.PathManager) settings.Settings {
+	s.Multipath.PathManager = p
+	return s
+}
+
 func TestUplinkStates(t *testing.T) {
 	absent := uplink.Status{Name: "b", Interface: "wan2", Reason: "interface wan2 does not exist"}
 	cut := fit("b", 2)
@@ -58,6 +74,15 @@ func TestUplinkStates(t *testing.T) {
 			up(subflow(1, 0), subflow(2, 0)), "carrying carrying", "up"},
 		{"never green without a subflow", chosen(t, "a on", "b on"), []uplink.Status{fit("a", 1), fit("b", 2)},
 			up(subflow(1, 0)), "carrying unfit", "degraded"},
+		{"gateways of one interface, by the source port", chosen(t, "a on", "b on"), shared(),
+			up(from("10.1.0.2:100"), from("10.1.0.2:250")), "carrying carrying", "up"},
+		{"and one of them without a subflow", chosen(t, "a on", "b on"), shared(), up(from("10.1.0.2:250")), "unfit carrying", "degraded"},
+		{"one uplink is enough", managed(chosen(t, "a on", "b on"), settings.PathManagerNdiffports), []uplink.Status{fit("a", 1), fit("b", 2)},
+			up(subflow(1, 0)), "carrying standby", "up"},
+		{"another program decides", managed(chosen(t, "a on", "b on"), settings.PathManagerNetlink), []uplink.Status{fit("a", 1), fit("b", 2)},
+			up(subflow(1, 0)), "carrying standby", "up"},
+		{"every gateway", managed(chosen(t, "a on", "b on"), settings.PathManagerBinder), []uplink.Status{fit("a", 1), fit("b", 2)},
+			up(subflow(1, 0)), "carrying unfit", "degraded"},
 		{"off is off, whatever is there", chosen(t, "a on", "b off"), []uplink.Status{fit("a", 1), fit("b", 2)},
 			up(subflow(1, 0), subflow(2, 0)), "carrying off", "up"},
 		{"backup stands by", chosen(t, "a on", "b backup"), []uplink.Status{fit("a", 1), fit("b", 2)},
@@ -70,11 +95,7 @@ func TestUplinkStates(t *testing.T) {
 			tunnel.Status{Reason: errors.New("refused")}, "unfit unfit", "down"},
 		{"MPTCP stripped", chosen(t, "a on"), []uplink.Status{fit("a", 1)},
 			tunnel.Status{Up: true, Plain: []string{"a"}, Subflows: []tunnel.Subflow{subflow(1, 0)}}, "carrying", "degraded"},
-		{"one uplink at a time", func() settings.Settings {
-			s := chosen(t, "a on", "b on")
-			s.Multipath.PathManager = settings.PathManagerDefault
-			return s
-		}(), []uplink.Status{fit("a", 1), fit("b", 2)}, up(subflow(1, 0)), "carrying standby", "up"},
+		{"one uplink at a time", managed(chosen(t, "a on", "b on"), settings.PathManagerDefault), []uplink.Status{fit("a", 1), fit("b", 2)}, up(subflow(1, 0)), "carrying standby", "up"},
 	} {
 		single := oneUplink(c.settings.Multipath, kernel.Upstream)
 		uplinks := describeUplinks(c.settings, c.statuses, c.pool, nil, nil, single)
@@ -190,7 +211,7 @@ func TestPathsAndDirectSources(t *testing.T) {
 	both := fit("b", 2)
 	both.Sources = append(both.Sources, netip.MustParsePrefix("2001:db8:2::2/64"))
 	ways := paths(s, []uplink.Status{fit("a", 1), both, fit("c", 3), unfit})
-	if got := fmt.Sprint(ways); got != "[{a [10.1.0.2] true} {b [10.2.0.2 2001:db8:2::2] false}]" {
+	if got := fmt.Sprint(ways); got != "[{a [10.1.0.2] {0 0} true} {b [10.2.0.2 2001:db8:2::2] {0 0} false}]" {
 		t.Errorf("paths %s", got)
 	}
 	ways = append(ways, tunnel.Path{Name: "c", Sources: []netip.Addr{netip.MustParseAddr("10.3.0.2")}})

@@ -181,6 +181,7 @@ func (r *Router) supervise(ctx context.Context) {
 	}
 	if len(fallen)+len(back) > 0 {
 		r.loop.Poke()
+		r.subflows.kick()
 	}
 }
 

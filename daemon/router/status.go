@@ -136,7 +136,7 @@ const withoutMPTCP = "TCP flows use one uplink at a time: this kernel has no MPT
 // all.
 func oneUplink(m settings.Multipath, mptcp string) string {
 	switch {
-	case !m.Enabled || m.PathManager == settings.PathManagerDefault:
+	case !m.Enabled || m.PathManager == settings.PathManagerDefault || m.PathManager == settings.PathManagerNdiffports:
 		return "one uplink at a time is used, as the multipath settings say"
 	case mptcp == kernel.NoMPTCP:
 		return withoutMPTCP
@@ -149,7 +149,7 @@ func oneUplink(m settings.Multipath, mptcp string) string {
 func describeUplinks(s settings.Settings, statuses []uplink.Status, pool tunnel.Status, rates map[string][2]uint64, loss map[netip.Addr]float64, single string) []webui.UplinkStatus {
 	list := make([]webui.UplinkStatus, 0, len(statuses))
 	carrying := false
-	for _, u := range statuses {
+	for i, u := range statuses {
 		mode := modeOf(s, u.Name)
 		w := webui.UplinkStatus{
 			Name: u.Name, Interface: u.Interface, Mode: string(mode),
@@ -157,15 +157,15 @@ func describeUplinks(s settings.Settings, statuses []uplink.Status, pool tunnel.
 			PlainTCP: slices.Contains(pool.Plain, u.Name),
 		}
 		var rtts []time.Duration
+		for _, f := range pool.Subflows {
+			if uplink.Of(statuses, f.Local) == i {
+				w.Subflows++
+				rtts = append(rtts, f.RTT)
+			}
+		}
 		for _, source := range u.Sources {
 			if w.Address == "" {
 				w.Address = source.Addr().String()
-			}
-			for _, f := range pool.Subflows {
-				if f.Local.Addr() == source.Addr() {
-					w.Subflows++
-					rtts = append(rtts, f.RTT)
-				}
 			}
 			if l, ok := loss[source.Addr()]; ok && w.Loss == nil {
 				w.Loss = &l
@@ -188,6 +188,8 @@ func describeUplinks(s settings.Settings, statuses []uplink.Status, pool tunnel.
 			w.State, w.Reason = "unfit", u.Reason
 		case w.Subflows > 0:
 			w.State = "carrying"
+		case pool.Up && single == "" && s.Multipath.PathManager == settings.PathManagerNetlink:
+			w.State, w.Reason = "standby", "path manager netlink: another program opens no subflow over it"
 		case pool.Up && single != "":
 			w.State, w.Reason = "standby", single
 		default:
@@ -236,7 +238,7 @@ func describeMultipath(want settings.Multipath, info kernel.Info, held desired.S
 		Wanted: webui.MultipathValues{Enabled: want.Enabled, PathManager: string(want.PathManager),
 			Scheduler: want.Scheduler, Checksum: want.Checksum, SYNRetries: want.SYNRetries},
 		AvailableSchedulers:   info.Schedulers,
-		AvailablePathManagers: []string{string(settings.PathManagerDefault), string(settings.PathManagerFullmesh)},
+		AvailablePathManagers: []string{},
 	}
 	if info.MPTCP == kernel.OutOfTree {
 		// Its switch is for every program: with it on, our sockets do as is wanted.
@@ -245,17 +247,37 @@ func describeMultipath(want settings.Multipath, info kernel.Info, held desired.S
 		m.Kernel.PathManager = info.Sysctls["mptcp_path_manager"]
 		m.Kernel.Checksum = info.Sysctls["mptcp_checksum"] == "1"
 		m.Kernel.SYNRetries, _ = strconv.Atoi(info.Sysctls["mptcp_syn_retries"])
+		for _, p := range settings.PathManagers {
+			m.AvailablePathManagers = append(m.AvailablePathManagers, string(p))
+		}
 		return m
 	}
 	m.Kernel.Enabled = info.Sysctls["enabled"] == "1"
 	m.Kernel.Scheduler = info.Sysctls["scheduler"]
 	m.Kernel.Checksum = info.Sysctls["checksum_enabled"] == "1"
 	m.Kernel.SYNRetries, _ = strconv.Atoi(info.Sysctls["syn_retrans_before_tcp_fallback"])
-	m.Kernel.PathManager = string(settings.PathManagerDefault)
-	if held.MPTCP != nil && len(held.MPTCP.Endpoints) > 0 {
-		m.Kernel.PathManager = string(settings.PathManagerFullmesh)
+	userspace, offersUserspace := info.Sysctls["pm_type"]
+	for _, p := range settings.PathManagers {
+		if offersUserspace || !p.Userspace() {
+			m.AvailablePathManagers = append(m.AvailablePathManagers, string(p))
+		}
 	}
+	m.Kernel.PathManager = string(kernelPathManager(want.PathManager, userspace == "1", held.MPTCP))
 	return m
+}
+
+// kernelPathManager is the path manager that what the kernel holds amounts to.
+func kernelPathManager(want settings.PathManager, userspace bool, held *desired.MPTCP) settings.PathManager {
+	endpoints := held != nil && len(held.Endpoints) > 0
+	switch {
+	case userspace && want.Userspace():
+		return want // which of the two only the daemon knows
+	case userspace || want == settings.PathManagerNetlink && !endpoints:
+		return settings.PathManagerNetlink
+	case endpoints && held.Limits.Subflows > 0:
+		return settings.PathManagerFullmesh
+	}
+	return settings.PathManagerDefault
 }
 
 // problems lists what an operator should look at, most serious first.

@@ -67,6 +67,9 @@ func (r Rule) command(verb string) string {
 	if r.Destination.IsValid() {
 		selectors = append(selectors, "to "+short(r.Destination))
 	}
+	if r.Ports != (Ports{}) {
+		selectors = append(selectors, fmt.Sprintf("sport %d-%d", r.Ports.First, r.Ports.Last))
+	}
 	if r.Mask != 0 {
 		selectors = append(selectors, fmt.Sprintf("fwmark %#x/%#x", r.Mark, r.Mask))
 	}
@@ -271,7 +274,7 @@ func (c DeleteEndpoint) on(s *State) {
 func (c SetLimits) on(s *State) { s.MPTCP.Limits = c.Limits }
 
 func (c SetSysctl) on(s *State) {
-	name, isMPTCP := strings.CutPrefix(c.Path, mptcpSysctls)
+	name, isMPTCP := strings.CutPrefix(c.Path, MPTCPSysctls)
 	switch {
 	case isMPTCP && s.OutOfTree != nil:
 		s.OutOfTree.Sysctls[name] = Sysctl{Value: c.Value}

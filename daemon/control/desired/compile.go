@@ -28,6 +28,8 @@ type Tunnel struct {
 	// Ranking names uplinks, best first, for when the tunnel is down. Uplinks
 	// missing in it come after, in the settings' order, and backups last.
 	Ranking []string
+	// Flows says that TCP flows are open in it.
+	Flows bool
 }
 
 // carries says whether the LAN's packets can go into the tunnel.
@@ -63,12 +65,16 @@ func Compile(s settings.Settings, statuses []uplink.Status, lan []netip.Prefix, 
 	compileDevice(&state, t)
 	compileForwarding(&state, s, t)
 	state.Table = compileTable(s, t, best)
+	usable := slices.Clone(statuses)
+	for i := range usable {
+		usable[i].Fit = slices.ContainsFunc(best, func(b uplink.Status) bool { return b.Name == usable[i].Name })
+	}
 	for i, u := range s.Uplinks {
-		if status, ok := find(statuses, u); ok {
-			compileUplink(&state, i, status)
+		if status, ok := find(usable, u); ok {
+			compileUplink(&state, i, status, usable)
 		}
 	}
-	state.MPTCP = compileMPTCP(s, statuses)
+	state.MPTCP = compileMPTCP(s, best, t)
 	state.OutOfTree = compileOutOfTree(s, statuses, t)
 	slices.SortFunc(state.Rules, compareRules)
 	slices.SortFunc(state.Routes, compareRoutes)
@@ -211,8 +217,9 @@ func compileForwarding(state *State, s settings.Settings, t Tunnel) {
 
 // compileUplink makes packets from an uplink's addresses leave by that uplink.
 // That holds in every mode: off stops the use of an uplink and leaves the
-// interface and its routes alone.
-func compileUplink(state *State, place int, status uplink.Status) {
+// interface and its routes alone. When several uplinks share an address, what
+// leaves from a port of none of them takes the first that is fit and not off.
+func compileUplink(state *State, place int, status uplink.Status, all []uplink.Status) {
 	table, priority := firstUplinkTable+place, firstUplinkPriority+place
 	device := Interface{Index: status.Index, Name: status.Interface}
 	for i, source := range status.Sources {
@@ -225,9 +232,17 @@ func compileUplink(state *State, place int, status uplink.Status) {
 			})
 		}
 		state.Routes = append(state.Routes, defaultRoute(table, initialWindow, status, i)...)
-		state.Rules = append(state.Rules, Rule{
-			IPv6: address.Is6(), Priority: priority, Source: single(address), Table: table,
-		})
+		rule := Rule{IPv6: address.Is6(), Priority: priority, Source: single(address), Table: table}
+		if status.Ports != (Ports{}) {
+			ofPorts := rule
+			ofPorts.Ports = status.Ports
+			state.Rules = append(state.Rules, ofPorts)
+			if all[uplink.Of(all, netip.AddrPortFrom(address, 0))].Name != status.Name {
+				continue
+			}
+			rule.Priority = firstSharedPriority + place
+		}
+		state.Rules = append(state.Rules, rule)
 	}
 }
 
@@ -256,55 +271,58 @@ func defaultRoute(table, window int, status uplink.Status, place int) []Route {
 }
 
 // compileMPTCP opens a subflow from every address of every fit uplink that is
-// not off.
+// not off, for the connections whose paths the kernel manages.
 //
-// One subflow only (path manager default), and no MPTCP at all, concern
-// connections yet to come, as they do in MPTCP v0.95. The limit and the switch
-// say so to the kernel; the endpoints stay, because deleting them all takes
-// every subflow from the connections that live, and these then die.
-func compileMPTCP(s settings.Settings, statuses []uplink.Status) *MPTCP {
+// Those that were opened while the daemon managed paths itself (path managers
+// ndiffports and binder) have no part in it, and those that were opened before
+// keep what they have; with ndiffports, all but the best uplink become backups.
+// One subflow only (default), and no MPTCP at all, concern connections yet to
+// come, as they do in MPTCP v0.95. The limit and the switch say so to the kernel;
+// the endpoints stay, because deleting them all takes every subflow from the
+// connections that live, and these then die. For that reason, too, endpoints are
+// left to another program (netlink) only once no flow is open.
+func compileMPTCP(s settings.Settings, best bestUplinks, t Tunnel) *MPTCP {
 	m := &MPTCP{
 		Sysctls: map[string]string{
 			sysctlEnabled:    onOff(s.Multipath.Enabled),
 			sysctlChecksum:   onOff(s.Multipath.Checksum),
 			sysctlSYNRetrans: strconv.Itoa(s.Multipath.SYNRetries),
 			sysctlScheduler:  s.Multipath.Scheduler,
-			sysctlPMType:     "0", // the in-kernel path manager: endpoints belong to it
 			// Left on, one uplink that comes back between the SYNs with MPTCP and
 			// those without turns MPTCP off for everybody, for an hour.
 			sysctlBlackhole: "0",
 		},
 	}
-	if s.Multipath.PathManager == settings.PathManagerFullmesh {
-		m.Limits.Subflows = MaxEndpoints
+	manager := s.Multipath.PathManager
+	switch manager {
+	case settings.PathManagerNetlink:
+		if m.Outside = true; !t.Flows {
+			return m
+		}
+	default:
+		m.Sysctls[sysctlPMType] = onOff(manager.Userspace())
+		if manager != settings.PathManagerDefault {
+			m.Limits.Subflows = MaxEndpoints
+		}
 	}
-
 	// In the order of what is missed most when there is no room for all.
 	for _, ipv6 := range []bool{false, true} {
-		for _, mode := range []settings.Mode{settings.On, settings.Backup} {
-			for _, u := range s.Uplinks {
-				status, ok := find(statuses, u)
-				if !ok || !status.Fit || u.Mode != mode {
-					continue
-				}
-				for _, source := range status.Sources {
-					if source.Addr().Is6() != ipv6 {
-						continue
-					}
-					e := Endpoint{
-						Address:   source.Addr(),
-						Interface: Interface{Index: status.Index, Name: status.Interface},
-						Flags:     FlagSubflow,
-					}
-					if mode == settings.Backup {
-						e.Flags |= FlagBackup
-					}
-					if len(m.Endpoints) < MaxEndpoints {
-						m.Endpoints = append(m.Endpoints, e)
-					} else {
-						m.Omitted = append(m.Omitted, e)
-					}
-				}
+		first, _, _ := best.of(ipv6)
+		for _, way := range best.ways(s) {
+			if way.Source.Is6() != ipv6 {
+				continue
+			}
+			e := Endpoint{Address: way.Source, Interface: way.Interface, Flags: FlagSubflow}
+			if way.Backup || manager == settings.PathManagerNdiffports && way.Uplink != first.Name {
+				e.Flags |= FlagBackup
+			}
+			switch same := func(o Endpoint) bool { return o.Address == e.Address }; {
+			case slices.ContainsFunc(m.Endpoints, same) || slices.ContainsFunc(m.Omitted, same):
+				// Uplinks that share an address share the subflow.
+			case len(m.Endpoints) < MaxEndpoints:
+				m.Endpoints = append(m.Endpoints, e)
+			default:
+				m.Omitted = append(m.Omitted, e)
 			}
 		}
 	}

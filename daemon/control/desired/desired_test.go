@@ -59,7 +59,8 @@ func emptySysctls() map[string]Sysctl {
 	return values
 }
 
-// parseStatus reads "dsl wan1#3 10.1.0.2/24>10.1.0.1 2001:db8::2/64>fe80::1 unfit".
+// parseStatus reads "dsl wan1#3 10.1.0.2/24>10.1.0.1 2001:db8::2/64>fe80::1 unfit",
+// and "sport=100-199" for ports of its own.
 func parseStatus(t *testing.T, line string) uplink.Status {
 	t.Helper()
 	words := strings.Fields(line)
@@ -72,6 +73,10 @@ func parseStatus(t *testing.T, line string) uplink.Status {
 			s.Fit = false
 			continue
 		}
+		if ports, ok := strings.CutPrefix(w, "sport="); ok {
+			fmt.Sscanf(ports, "%d-%d", &s.Ports.First, &s.Ports.Last)
+			continue
+		}
 		source, gateway, _ := strings.Cut(w, ">")
 		s.Sources = append(s.Sources, netip.MustParsePrefix(source))
 		s.Gateways = append(s.Gateways, netip.MustParseAddr(gateway))
@@ -80,7 +85,8 @@ func parseStatus(t *testing.T, line string) uplink.Status {
 }
 
 // parseTunnel reads "sheaf0#9 up 10.83.0.2>10.83.0.1 fd00::2>fd00::1 lte dsl":
-// the device, whether it is up, addresses with gateways, and the ranking.
+// the device, whether it is up, addresses with gateways, and the ranking; "flows"
+// are open in it.
 func parseTunnel(t *testing.T, line string) (tunnel Tunnel) {
 	t.Helper()
 	for _, w := range strings.Fields(line) {
@@ -92,6 +98,8 @@ func parseTunnel(t *testing.T, line string) (tunnel Tunnel) {
 			fmt.Sscan(index, &tunnel.Device.Index)
 		case w == "up":
 			tunnel.Up = true
+		case w == "flows":
+			tunnel.Flows = true
 		case isAddress && strings.Contains(address, ":"):
 			tunnel.Address6, tunnel.Gateway6 = netip.MustParseAddr(address), netip.MustParseAddr(gateway)
 		case isAddress:
@@ -493,6 +501,13 @@ func TestProblems(t *testing.T) {
 			t.Errorf("tried all the same: %s", c)
 		}
 	}
+
+	chosen = settings.Default()
+	chosen.Multipath.PathManager = settings.PathManagerBinder
+	got = Problems(have, Compile(chosen, nil, nil, Tunnel{}))
+	if want := "this kernel has no net.mptcp.pm_type: 1 cannot be set"; len(got) != 1 || got[0] != want {
+		t.Errorf("got %q, want %q", got, want)
+	}
 }
 
 // TestResolver: what is told of the resolver is what the table does for IPv4.
@@ -564,13 +579,11 @@ func randomState(r *rand.Rand) State {
 	chosen.LAN.Interfaces = slices.Compact(chosen.LAN.Interfaces)
 	chosen.Multipath.Enabled = r.IntN(5) > 0
 	chosen.Multipath.Checksum = r.IntN(2) > 0
-	if r.IntN(4) == 0 {
-		chosen.Multipath.PathManager = settings.PathManagerDefault
-	}
+	chosen.Multipath.PathManager = settings.PathManagers[r.IntN(len(settings.PathManagers))]
 	var statuses []uplink.Status
 	for i := range r.IntN(settings.MaxUplinks + 1) {
 		u := settings.Uplink{
-			Name: fmt.Sprintf("u%d", i), Interface: fmt.Sprintf("wan%d", i),
+			Name: fmt.Sprintf("u%d", i), Interface: fmt.Sprintf("wan%d", i), Address: settings.Address{Method: settings.Existing},
 			Mode: []settings.Mode{settings.On, settings.Off, settings.Backup}[r.IntN(3)],
 		}
 		chosen.Uplinks = append(chosen.Uplinks, u)
@@ -584,6 +597,11 @@ func randomState(r *rand.Rand) State {
 			s.Gateways = append(s.Gateways, netip.MustParseAddr("fe80::1"))
 		}
 		s.Fit = len(s.Sources) > 0 && r.IntN(4) > 0
+		if i > 0 && r.IntN(3) == 0 { // through another gateway, from the same addresses
+			other := &statuses[i-1]
+			s.Sources, s.Gateways = slices.Clone(other.Sources), slices.Clone(other.Gateways)
+			other.Ports, s.Ports = Ports{First: uint16(i) * 100, Last: uint16(i)*100 + 99}, Ports{First: uint16(i+1) * 100, Last: uint16(i)*100 + 199}
+		}
 		statuses = append(statuses, s)
 	}
 	var lan []netip.Prefix
@@ -595,7 +613,7 @@ func randomState(r *rand.Rand) State {
 		chosen.WhenTunnelDown = settings.Block
 	}
 	chosen.LAN.DNS = r.IntN(3) > 0
-	var tunnel Tunnel
+	tunnel := Tunnel{Flows: r.IntN(2) > 0}
 	if r.IntN(3) > 0 {
 		tunnel.Device, tunnel.Up = testDevice, r.IntN(3) > 0
 		if r.IntN(3) > 0 {
@@ -644,7 +662,13 @@ func TestDiffLeadsToWhatIsWanted(t *testing.T) {
 		slices.SortFunc(step.Routes, compareRoutes)
 		slices.SortFunc(step.MPTCP.Endpoints, compareEndpoints)
 		maps.DeleteFunc(step.MPTCP.Sysctls, func(name, _ string) bool { return want.MPTCP.Sysctls[name] == "" })
-		step.MPTCP.Omitted = want.MPTCP.Omitted
+		step.MPTCP.Omitted, step.MPTCP.Outside = want.MPTCP.Omitted, want.MPTCP.Outside
+		if want.MPTCP.Outside {
+			want.MPTCP.Limits = have.MPTCP.Limits
+			want.MPTCP.Endpoints = slices.DeleteFunc(want.MPTCP.Endpoints, func(e Endpoint) bool {
+				return !slices.ContainsFunc(have.MPTCP.Endpoints, func(h Endpoint) bool { return h.Address == e.Address })
+			})
+		}
 		if want.Device.Interface.Index == 0 {
 			want.Device = step.Device
 		}
@@ -673,7 +697,7 @@ func phaseOf(c Change, now int) int {
 	case AddEndpoint, DeleteEndpoint, SetEndpointFlags, ReplaceTable:
 		return now
 	case SetSysctl:
-		if !strings.HasPrefix(c.Path, mptcpSysctls) {
+		if !strings.HasPrefix(c.Path, MPTCPSysctls) {
 			return 1
 		}
 	case ReplaceRoute:

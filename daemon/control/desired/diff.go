@@ -26,10 +26,10 @@ func Diff(have, want State) []Change {
 		for _, name := range slices.Sorted(maps.Keys(want.MPTCP.Sysctls)) {
 			value := want.MPTCP.Sysctls[name]
 			if old, ok := have.MPTCP.Sysctls[name]; ok && old != value && offered(have.MPTCP, name, value) {
-				added = append(added, SetSysctl{mptcpSysctls + name, value})
+				added = append(added, SetSysctl{MPTCPSysctls + name, value})
 			}
 		}
-		if limits := have.MPTCP.Limits.meeting(want.MPTCP.Limits); limits != have.MPTCP.Limits {
+		if limits := have.MPTCP.Limits.meeting(want.MPTCP.Limits); limits != have.MPTCP.Limits && !want.MPTCP.Outside {
 			added = append(added, SetLimits{limits})
 		}
 	}
@@ -170,7 +170,9 @@ func diffEndpoints(have, want *MPTCP) (added, replaced, deleted []Change) {
 	for _, w := range slices.SortedFunc(slices.Values(want.Endpoints), compareEndpoints) {
 		at := slices.IndexFunc(have.Endpoints, func(h Endpoint) bool { return h.Address == w.Address })
 		if at < 0 {
-			added = append(added, AddEndpoint{w})
+			if !want.Outside {
+				added = append(added, AddEndpoint{w})
+			}
 			continue
 		}
 		h := have.Endpoints[at]
@@ -226,11 +228,14 @@ func Problems(have, want State) []string {
 		return nil
 	}
 	var problems []string
+	if want.MPTCP.Outside && len(have.MPTCP.Endpoints) > 0 && len(want.MPTCP.Endpoints) > 0 {
+		problems = append(problems, "path manager netlink: the endpoints of before stay until no flow is open, because flows would end with them")
+	}
 	for _, name := range slices.Sorted(maps.Keys(want.MPTCP.Sysctls)) {
 		value := want.MPTCP.Sysctls[name]
 		if _, ok := have.MPTCP.Sysctls[name]; !ok {
 			// Kernels without the knob do what is wanted here.
-			if name == sysctlPMType || name == sysctlBlackhole ||
+			if name == sysctlPMType && value == "0" || name == sysctlBlackhole ||
 				name == sysctlScheduler && value == "default" || name == sysctlSYNRetrans && value == "2" {
 				continue
 			}
@@ -241,6 +246,9 @@ func Problems(have, want State) []string {
 		}
 	}
 	for _, e := range want.MPTCP.Omitted {
+		if want.MPTCP.Outside {
+			break // it need not be there
+		}
 		problems = append(problems, fmt.Sprintf("no subflow is opened from %s on %s: the kernel holds at most %d endpoints",
 			e.Address, e.Interface.Name, MaxEndpoints))
 	}

@@ -80,9 +80,10 @@ const (
 
 // The parameters of modules.
 const (
-	fullmeshSubflows = "mptcp_fullmesh/num_subflows"
-	roundRobinBurst  = "mptcp_rr/num_segments"
-	roundRobinFill   = "mptcp_rr/cwnd_limited"
+	fullmeshSubflows   = "mptcp_fullmesh/num_subflows"
+	ndiffportsSubflows = "mptcp_ndiffports/num_subflows"
+	roundRobinBurst    = "mptcp_rr/num_segments"
+	roundRobinFill     = "mptcp_rr/cwnd_limited"
 )
 
 // OutOfTreeSysctlNames are the names below net.mptcp that an OutOfTree holds,
@@ -94,7 +95,9 @@ func OutOfTreeSysctlNames() []string {
 
 // Parameters are the parameters of modules, as MODULE/NAME, that an OutOfTree
 // holds, where the kernel has them.
-func Parameters() []string { return []string{fullmeshSubflows, roundRobinBurst, roundRobinFill} }
+func Parameters() []string {
+	return []string{fullmeshSubflows, ndiffportsSubflows, roundRobinBurst, roundRobinFill}
+}
 
 // The changes that only v0.9x takes.
 type (
@@ -167,8 +170,11 @@ func compileOutOfTree(s settings.Settings, statuses []uplink.Status, t Tunnel) *
 	if tuning.BinderGateways != "" {
 		o.Sysctls[outOfTreeGateways] = Sysctl{Value: tuning.BinderGateways}
 	}
-	if m.PathManager == settings.PathManagerFullmesh {
+	switch m.PathManager {
+	case settings.PathManagerFullmesh:
 		o.Parameters[fullmeshSubflows] = "1" // for every pair of addresses
+	case settings.PathManagerNdiffports:
+		o.Parameters[ndiffportsSubflows] = strconv.Itoa(m.Subflows)
 	}
 	if tuning.NumSegments != 0 {
 		o.Parameters[roundRobinBurst] = strconv.Itoa(tuning.NumSegments)
@@ -216,7 +222,7 @@ func diffOutOfTree(have, want *OutOfTree) (set, opened, ended []Change) {
 	for _, name := range slices.Sorted(maps.Keys(want.Sysctls)) {
 		w := want.Sysctls[name]
 		if old, ok := have.Sysctls[name]; ok && w.replaces(old) && have.Refused[name] != w.Value {
-			set = append(set, SetSysctl{mptcpSysctls + name, w.Value})
+			set = append(set, SetSysctl{MPTCPSysctls + name, w.Value})
 		}
 	}
 	for _, parameter := range slices.Sorted(maps.Keys(want.Parameters)) {

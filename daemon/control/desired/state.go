@@ -17,6 +17,9 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+
+	"sheaf/daemon/control/settings"
+	"sheaf/daemon/datapath/uplink"
 )
 
 // What is ours in the kernel carries one of these numbers, and package kernel
@@ -42,14 +45,16 @@ const (
 	mainTable        = 254 // RT_TABLE_MAIN: a rule of ours leads there, no route of ours is in it
 
 	// Rule priorities: diverted packets, then what goes to the LAN, then what
-	// comes from there, then one for every uplink. All come before the main
-	// table's 32766.
+	// comes from there, then one for every uplink, then one for every uplink that
+	// shares its address with others, whose ports come first. All come before the
+	// main table's 32766.
 	FirstPriority       = 8300
 	LastPriority        = 8363
 	interceptPriority   = FirstPriority
 	toLANPriority       = FirstPriority + 1
 	fromLANPriority     = FirstPriority + 2
 	firstUplinkPriority = FirstPriority + 3
+	firstSharedPriority = firstUplinkPriority + settings.MaxUplinks
 
 	// Mark is what diverted packets carry in the bits of MarkMask, and
 	// masqueradeMark what forwarded ones do that are to be masqueraded:
@@ -128,12 +133,16 @@ type Rule struct {
 	Input       string       // interface name; empty: any
 	Source      netip.Prefix // invalid: any
 	Destination netip.Prefix // invalid: any
+	Ports       Ports        // source ports
 	Mark        uint32
 	Mask        uint32
 	Table       int
 	// Altered: the rule that was read holds something that no rule of ours does.
 	Altered bool
 }
+
+// Ports is a range of source ports.
+type Ports = uplink.Ports
 
 // Route is one entry of a table of ours.
 type Route struct {
@@ -234,6 +243,9 @@ type MPTCP struct {
 	Sysctls map[string]string
 	// Omitted are wanted endpoints for which the kernel has no room.
 	Omitted []Endpoint
+	// Outside: another program manages paths. The limits are its own, and no
+	// endpoint is added, but those that are wanted stay if they are there.
+	Outside bool
 }
 
 // Endpoint is a local address that subflows are opened from.
@@ -278,8 +290,8 @@ const (
 	sysctlBlackhole  = "blackhole_timeout"
 )
 
-// mptcpSysctls is where the names below net.mptcp are.
-const mptcpSysctls = "mptcp/"
+// MPTCPSysctls is where the names below net.mptcp are, below /proc/sys/net.
+const MPTCPSysctls = "mptcp/"
 
 // SysctlNames are the names below net.mptcp that a State of the kernel holds,
 // where the kernel has them.
@@ -303,7 +315,7 @@ func (r Route) same(other Route) bool {
 func compareRules(a, b Rule) int {
 	return cmp.Or(order(a.IPv6, b.IPv6), a.Priority-b.Priority, cmp.Compare(a.Input, b.Input), a.Source.Addr().Compare(b.Source.Addr()),
 		a.Source.Bits()-b.Source.Bits(), a.Destination.Addr().Compare(b.Destination.Addr()),
-		a.Destination.Bits()-b.Destination.Bits(), a.Table-b.Table, cmp.Compare(a.Mark, b.Mark), cmp.Compare(a.Mask, b.Mask),
+		a.Destination.Bits()-b.Destination.Bits(), cmp.Compare(a.Ports.First, b.Ports.First), a.Table-b.Table, cmp.Compare(a.Mark, b.Mark), cmp.Compare(a.Mask, b.Mask),
 		order(a.Altered, b.Altered))
 }
 

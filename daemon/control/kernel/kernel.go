@@ -15,6 +15,9 @@
 //	desired.State ◀─ Read ◀──── the same six, only what is tagged as ours
 //	Changed ◀─ events.go        somebody, perhaps we, changed something: read again
 //
+// The subflows of single sessions are read and changed beside that, in
+// subflow.go.
+//
 // Of MPTCP it drives the implementation that the kernel has, which the names of
 // its sysctls tell: upstream (Linux 5.6 and later, net.mptcp.enabled) or the
 // out-of-tree one (v0.9x, net.mptcp.mptcp_enabled). Without either all else works

@@ -64,7 +64,7 @@ func compile(t *testing.T, s settings.Settings) desired.State {
 	var wants []uplink.Want
 	var names []string
 	for _, u := range s.Uplinks {
-		wants = append(wants, uplink.Want{Name: u.Name, Interface: u.Interface})
+		wants = append(wants, uplink.Want{Name: u.Name, Interface: u.Interface, Gateway: u.Address.Gateway, Source: u.Address.Source})
 		names = append(names, u.Interface)
 	}
 	o, err := uplink.Observe(names)

@@ -33,13 +33,13 @@ import (
 // outOfTree is what only a kernel with MPTCP v0.9x has.
 type outOfTree struct {
 	links   links
-	modules *os.Root           // nil when there are none to be seen
-	network *os.Root           // of the state of connections; nil likewise
-	refused map[string]refusal // by name of the sysctl
+	modules *os.Root                // nil when there are none to be seen
+	network *os.Root                // of the state of connections; nil likewise
+	refused map[string]refusedValue // by name of the sysctl
 }
 
-// refusal is a value that a sysctl did not take.
-type refusal struct {
+// refusedValue is one that a sysctl did not take.
+type refusedValue struct {
 	value string
 	at    time.Time
 }
@@ -68,7 +68,7 @@ func (k *Kernel) openOutOfTree() error {
 	if err != nil {
 		return fmt.Errorf("open rtnetlink for the flags of interfaces: %w", err)
 	}
-	o := &outOfTree{links: routeLinks{conn}, refused: map[string]refusal{}}
+	o := &outOfTree{links: routeLinks{conn}, refused: map[string]refusedValue{}}
 	k.outOfTree = o
 	if o.modules, err = openIfThere(k.directories.modules); err != nil {
 		return fmt.Errorf("open the parameters of kernel modules: %w", err)
@@ -175,7 +175,7 @@ func (o *outOfTree) refuse(name, value string, err error) error {
 	if !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.EINVAL) {
 		return err
 	}
-	o.refused[name] = refusal{value, time.Now()}
+	o.refused[name] = refusedValue{value, time.Now()}
 	return fmt.Errorf("this kernel refuses %q: load the module that has it, or choose another", value)
 }
 

@@ -151,9 +151,15 @@ mptcp_rr/parameters/num_segments=10`), strings.TrimSpace(files(t, d))); diff != 
 		t.Errorf("modes changed by%s", text(changes))
 	}
 
+	s.Multipath.PathManager, s.Multipath.Subflows = settings.PathManagerNdiffports, 4
+	apply(t, k, compile(t, s))
+	if got := files(t, d); !strings.Contains(got, "mptcp_path_manager=ndiffports\n") || !strings.Contains(got, "mptcp_ndiffports/parameters/num_subflows=4\n") {
+		t.Errorf("ndiffports: %s", got)
+	}
+
 	info, err := k.Info()
 	must(t, err)
-	if info.MPTCP != OutOfTree || info.Sysctls["mptcp_syn_retries"] != "2" || info.Schedulers[0] != "roundrobin" || info.PathManagers[0] != "fullmesh" ||
+	if info.MPTCP != OutOfTree || info.Sysctls["mptcp_syn_retries"] != "2" || info.Schedulers[0] != "roundrobin" || info.PathManagers[0] != "ndiffports" ||
 		info.Connections != 3 || info.Subflows != 6 {
 		t.Errorf("%+v", info)
 	}
@@ -198,7 +204,7 @@ func TestRefusedName(t *testing.T) {
 	if len(problems) != 1 || !strings.HasPrefix(problems[0], "this kernel refuses the MPTCP scheduler nosuch: it runs ") {
 		t.Errorf("problems: %q", problems)
 	}
-	k.outOfTree.refused["mptcp_scheduler"] = refusal{"nosuch", time.Now().Add(-retryRefused)}
+	k.outOfTree.refused["mptcp_scheduler"] = refusedValue{"nosuch", time.Now().Add(-retryRefused)}
 	if left := text(desired.Diff(read(t, k), want)); left != "\nsysctl net.mptcp.mptcp_scheduler=nosuch" {
 		t.Errorf("after a while:%s", left)
 	}

@@ -83,6 +83,9 @@ func fromRule(r netlink.Rule) desired.Rule {
 	if r.Mask != nil {
 		rule.Mask = *r.Mask
 	}
+	if r.Sport != nil {
+		rule.Ports = desired.Ports{First: r.Sport.Start, Last: r.Sport.End}
+	}
 	// What toRule makes of it is all that a rule of ours holds.
 	ours := toRule(rule)
 	ours.Src, ours.Dst, ours.Mask = r.Src, r.Dst, r.Mask
@@ -105,6 +108,9 @@ func toRule(rule desired.Rule) *netlink.Rule {
 	}
 	if rule.Destination.IsValid() {
 		r.Dst = toIPNet(rule.Destination)
+	}
+	if rule.Ports != (desired.Ports{}) {
+		r.Sport = netlink.NewRulePortRange(rule.Ports.First, rule.Ports.Last)
 	}
 	if rule.Mask != 0 {
 		r.Mark, r.Mask = rule.Mark, &rule.Mask

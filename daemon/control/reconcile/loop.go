@@ -3,7 +3,7 @@
 // The path of a wake-up through this package:
 //
 //	an event of the kernel ─┐
-//	Poke, Sync (settings) ──┼▶ pass: want, Read, Diff, Apply ─▶ Report
+//	Poke, Sync (settings) ──┼▶ pass: want, Read, Diff, contest, Apply ─▶ Report
 //	30 s, or back-off ──────┘
 //
 // A wake-up carries nothing: every pass reads both sides anew.
@@ -56,7 +56,8 @@ const (
 // Pass is what one pass did.
 type Pass struct {
 	Changes []desired.Change // those that were necessary, whether or not they succeeded
-	// Problems are what the kernel cannot do of what is wanted.
+	// Problems are what the kernel cannot do of what is wanted, and what another
+	// program does to it.
 	Problems []string
 	Err      error
 }
@@ -76,6 +77,7 @@ type Loop struct {
 	poke chan struct{}
 
 	passing sync.Mutex // one pass at a time
+	contest contest    // guarded by passing
 
 	// said is when a line was logged; only Run uses it.
 	said map[string]time.Time
@@ -92,6 +94,7 @@ func (l *Loop) init() {
 	l.once.Do(func() {
 		l.poke = make(chan struct{}, 1)
 		l.said = map[string]time.Time{}
+		l.contest = contest{}
 		if l.Log == nil {
 			l.Log = slog.Default()
 		}
@@ -212,10 +215,14 @@ func (l *Loop) pass(ctx context.Context) (p Pass) {
 		p.Err = fmt.Errorf("read the kernel: %w", err)
 		return p
 	}
-	p.Problems = desired.Problems(have, want)
-	p.Changes = desired.Diff(have, want)
+	var conflicts []string
+	p.Changes, conflicts = l.contest.judge(desired.Diff(have, want), time.Now())
+	p.Problems = append(desired.Problems(have, want), conflicts...)
 	if len(p.Changes) > 0 {
 		p.Err = l.Kernel.Apply(ctx, p.Changes)
+	}
+	if p.Err == nil {
+		l.contest.made(want.MPTCP, p.Changes, time.Now())
 	}
 	return p
 }

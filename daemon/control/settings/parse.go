@@ -73,6 +73,7 @@ func Default() Settings {
 			PathManager: PathManagerFullmesh,
 			Scheduler:   "default",
 			SYNRetries:  2,
+			Subflows:    defaultSubflows,
 		},
 		WhenTunnelDown: Direct,
 	}
@@ -223,6 +224,7 @@ func (d *document) settings(root *yaml.Node) Settings {
 				"scheduler":    func(n *yaml.Node, path string) { d.text(n, path, &m.Scheduler) },
 				"checksum":     func(n *yaml.Node, path string) { d.boolean(n, path, &m.Checksum) },
 				"syn_retries":  func(n *yaml.Node, path string) { d.integer(n, path, &m.SYNRetries) },
+				"subflows":     func(n *yaml.Node, path string) { d.integer(n, path, &m.Subflows) },
 				"out_of_tree":  func(n *yaml.Node, path string) { d.outOfTree(n, path, &m.OutOfTree) },
 			})
 		},
@@ -241,6 +243,9 @@ func (d *document) settings(root *yaml.Node) Settings {
 	return s
 }
 
+// anAddress says what a single address must look like.
+const anAddress = "an IP address: write 192.0.2.53 or 2001:db8::53"
+
 func (d *document) outOfTree(n *yaml.Node, path string, to *OutOfTree) {
 	d.mapping(n, path, fields{
 		"debug":           func(n *yaml.Node, path string) { d.boolean(n, path, &to.Debug) },
@@ -258,13 +263,15 @@ func (d *document) uplink(n *yaml.Node, path string) Uplink {
 		"mode":      func(n *yaml.Node, path string) { d.text(n, path, (*string)(&u.Mode)) },
 		"address": func(n *yaml.Node, path string) {
 			d.mapping(n, path, fields{
-				"method": func(n *yaml.Node, path string) { d.text(n, path, (*string)(&u.Address.Method)) },
+				"method":  func(n *yaml.Node, path string) { d.text(n, path, (*string)(&u.Address.Method)) },
+				"gateway": func(n *yaml.Node, path string) { d.parsed(n, path, &u.Address.Gateway, anAddress) },
+				"source":  func(n *yaml.Node, path string) { d.parsed(n, path, &u.Address.Source, anAddress) },
 			})
 		},
 		"resolvers": func(n *yaml.Node, path string) {
 			d.sequence(n, path, maxResolvers, func(n *yaml.Node, path string) {
 				var resolver netip.Addr
-				d.parsed(n, path, &resolver, "an IP address: write 192.0.2.53 or 2001:db8::53")
+				d.parsed(n, path, &resolver, anAddress)
 				u.Resolvers = append(u.Resolvers, resolver)
 			})
 		},
@@ -546,6 +553,22 @@ func (s Settings) YAML() []byte {
 // booleans.
 func (m Mode) MarshalYAML() (any, error) {
 	return &yaml.Node{Kind: yaml.ScalarNode, Value: string(m)}, nil
+}
+
+// MarshalYAML leaves out the addresses that are absent, and only those; see that
+// of ClassRule.
+func (a Address) MarshalYAML() (any, error) {
+	text := func(a netip.Addr) string {
+		if !a.IsValid() {
+			return ""
+		}
+		return a.String()
+	}
+	return struct {
+		Method  Method `yaml:"method"`
+		Gateway string `yaml:"gateway,omitempty"`
+		Source  string `yaml:"source,omitempty"`
+	}{a.Method, text(a.Gateway), text(a.Source)}, nil
 }
 
 // MarshalYAML leaves out the conditions that are absent. By itself the library

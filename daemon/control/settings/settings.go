@@ -66,14 +66,25 @@ const (
 
 // Address says where an uplink's addresses come from.
 type Address struct {
-	Method Method `yaml:"method" json:"method"`
+	Method Method `json:"method"`
+	// Gateway is that of method Gateway: a next hop on a network of the interface.
+	Gateway netip.Addr `json:"gateway,omitzero"`
+	// Source, with method Gateway, is the address of the interface that traffic
+	// through the gateway comes from; without it, one in the gateway's network.
+	Source netip.Addr `json:"source,omitzero"`
 }
 
 // Method is how an uplink gets its addresses.
 type Method string
 
-// Existing takes addresses and gateway as something else configured them.
-const Existing Method = "existing"
+// The methods.
+const (
+	// Existing takes addresses and gateway as something else configured them.
+	Existing Method = "existing"
+	// Gateway takes addresses as Existing does, and another gateway than that of
+	// the default route: several uplinks can then share one interface.
+	Gateway Method = "gateway"
+)
 
 // Concentrator says which concentrator to enrol with.
 type Concentrator struct {
@@ -91,6 +102,8 @@ type Multipath struct {
 	Checksum bool `yaml:"checksum" json:"checksum"`
 	// SYNRetries is how many SYNs carry MP_CAPABLE before plain TCP is tried.
 	SYNRetries int `yaml:"syn_retries" json:"syn_retries"`
+	// Subflows is how many path manager ndiffports opens, 1 to 8.
+	Subflows int `yaml:"subflows" json:"subflows"`
 	// OutOfTree is for kernels with MPTCP v0.9x, and nothing elsewhere.
 	OutOfTree OutOfTree `yaml:"out_of_tree,omitempty" json:"out_of_tree,omitzero"`
 }
@@ -112,11 +125,23 @@ type OutOfTree struct {
 // PathManager names the way subflows are opened.
 type PathManager string
 
-// The path managers that this version can run.
+// The path managers.
 const (
-	PathManagerDefault  PathManager = "default"  // one subflow
-	PathManagerFullmesh PathManager = "fullmesh" // one subflow from every uplink
+	PathManagerDefault    PathManager = "default"    // one subflow
+	PathManagerFullmesh   PathManager = "fullmesh"   // one subflow from every uplink, by the kernel
+	PathManagerNdiffports PathManager = "ndiffports" // several subflows over the best uplink, from different ports
+	PathManagerBinder     PathManager = "binder"     // one subflow through every gateway, by the daemon
+	PathManagerNetlink    PathManager = "netlink"    // another program's business
 )
+
+// PathManagers are all of them, in the order in which they are offered.
+var PathManagers = []PathManager{PathManagerDefault, PathManagerFullmesh, PathManagerNdiffports, PathManagerBinder, PathManagerNetlink}
+
+// Userspace says whether the daemon opens the subflows of its sessions itself,
+// instead of leaving that to the kernel.
+func (p PathManager) Userspace() bool {
+	return p == PathManagerNdiffports || p == PathManagerBinder
+}
 
 // Fallback is what happens to LAN traffic while the tunnel is down.
 type Fallback string

@@ -79,23 +79,24 @@ func TestValidate(t *testing.T) {
 	valid := func() Settings {
 		s := Default()
 		s.LAN.Interfaces = []string{"lan0"}
-		s.Uplinks = []Uplink{{Name: "dsl", Interface: "wan1", Mode: On, Address: Address{Existing}}}
+		s.Uplinks = []Uplink{{Name: "dsl", Interface: "wan1", Mode: On, Address: Address{Method: Existing}}}
 		return s
 	}
 	if err := Validate(valid()); err != nil {
 		t.Fatalf("valid settings: %v", err)
 	}
 	for want, change := range map[string]func(*Settings){
-		"lan.interfaces: names no interface: without one no client is served":                         func(s *Settings) { s.LAN.Interfaces = nil },
-		`lan.interfaces[0]: "a/b" cannot be the name of an interface`:                                 func(s *Settings) { s.LAN.Interfaces[0] = "a/b" },
-		`lan.interfaces[0]: ".." cannot be the name of an interface`:                                  func(s *Settings) { s.LAN.Interfaces[0] = ".." },
-		`lan.interfaces[0]: "a\xff" cannot be the name of an interface`:                               func(s *Settings) { s.LAN.Interfaces[0] = "a\xff" },
-		"uplinks[0].interface: lan0 is already lan.interfaces[0]: an interface has one place":         func(s *Settings) { s.Uplinks[0].Interface = "lan0" },
-		`uplinks[0].mode: "" is not a mode: offered are on, off, backup`:                              func(s *Settings) { s.Uplinks[0].Mode = "" },
-		"uplinks[0].address.method: dhcp is not available in this version: offered: existing":         func(s *Settings) { s.Uplinks[0].Address.Method = "dhcp" },
-		"multipath.path_manager: binder is not available in this version: offered: default, fullmesh": func(s *Settings) { s.Multipath.PathManager = "binder" },
-		`multipath.path_manager: "mesh" is unknown: offered: default, fullmesh`:                       func(s *Settings) { s.Multipath.PathManager = "mesh" },
-		"multipath.syn_retries: is 11: it must be from 0 to 10":                                       func(s *Settings) { s.Multipath.SYNRetries = 11 },
+		"lan.interfaces: names no interface: without one no client is served":                               func(s *Settings) { s.LAN.Interfaces = nil },
+		`lan.interfaces[0]: "a/b" cannot be the name of an interface`:                                       func(s *Settings) { s.LAN.Interfaces[0] = "a/b" },
+		`lan.interfaces[0]: ".." cannot be the name of an interface`:                                        func(s *Settings) { s.LAN.Interfaces[0] = ".." },
+		`lan.interfaces[0]: "a\xff" cannot be the name of an interface`:                                     func(s *Settings) { s.LAN.Interfaces[0] = "a\xff" },
+		"uplinks[0].interface: lan0 is already lan.interfaces[0]: an interface has one place":               func(s *Settings) { s.Uplinks[0].Interface = "lan0" },
+		`uplinks[0].mode: "" is not a mode: offered are on, off, backup`:                                    func(s *Settings) { s.Uplinks[0].Mode = "" },
+		"uplinks[0].address.method: dhcp is not available in this version: offered: existing, gateway":      func(s *Settings) { s.Uplinks[0].Address.Method = "dhcp" },
+		`multipath.path_manager: "mesh" is unknown: offered: default, fullmesh, ndiffports, binder, netlin`: func(s *Settings) { s.Multipath.PathManager = "mesh" },
+		"multipath.subflows: is 9: it must be from 1 to 8":                                                  func(s *Settings) { s.Multipath.Subflows = 9 },
+		"uplinks[0].address: has gateway or source, which only method gateway uses":                         func(s *Settings) { s.Uplinks[0].Address.Gateway = netip.MustParseAddr("10.0.0.2") },
+		"multipath.syn_retries: is 11: it must be from 0 to 10":                                             func(s *Settings) { s.Multipath.SYNRetries = 11 },
 		"multipath.out_of_tree.binder_gateways: has 11 routes: at most 10 are possible": func(s *Settings) {
 			s.Multipath.OutOfTree.BinderGateways = "192.0.2.1" + strings.Repeat("-192.0.2.1", 10)
 		},

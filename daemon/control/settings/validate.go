@@ -19,6 +19,10 @@ const (
 	maxLANInterfaces = 16
 	maxToken         = 4 << 10
 	maxSYNRetries    = 10
+	// defaultSubflows is what ndiffports opened in MPTCP v0.95; maxSubflows is as
+	// many as a peer takes besides the first (Linux before 7).
+	defaultSubflows = 2
+	maxSubflows     = 8
 
 	// From net/mptcp of MPTCP v0.95: num_segments is a byte; MPTCP_GW_MAX_LISTS and
 	// MPTCP_GW_LIST_MAX_LEN.
@@ -32,12 +36,9 @@ var (
 	schedulerName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,14}$`) // MPTCP_SCHED_NAME_MAX is 16 with the final NUL
 )
 
-// notYet are names that the schema knows and this version cannot carry out.
-// Accepting one and doing something else would be a lie.
-var (
-	methodsNotYet      = []Method{"dhcp", "static", "pppoe", "gateway"}
-	pathManagersNotYet = []PathManager{"ndiffports", "binder", "netlink"}
-)
+// methodsNotYet are names that the schema knows and this version cannot carry
+// out. Accepting one and doing something else would be a lie.
+var methodsNotYet = []Method{"dhcp", "static", "pppoe"}
 
 // Validate says what is wrong with settings that were built in code. Its error
 // is an *Invalid without lines.
@@ -92,6 +93,7 @@ func check(s Settings) (problems []Problem) {
 		return problems
 	}
 	names := map[string]string{}
+	hops := map[nextHop]string{}
 	for i, u := range s.Uplinks {
 		path := fmt.Sprintf("uplinks[%d]", i)
 		switch first, taken := names[u.Name]; {
@@ -102,13 +104,13 @@ func check(s Settings) (problems []Problem) {
 		default:
 			names[u.Name] = path
 		}
-		claim(path+".interface", u.Interface)
+		if !shares(s.Uplinks[:i], u) {
+			claim(path+".interface", u.Interface)
+		}
 		if !slices.Contains([]Mode{On, Off, Backup}, u.Mode) {
 			report(path+".mode", "%s is not a mode: offered are on, off, backup", quote(string(u.Mode)))
 		}
-		if reason := offer(u.Address.Method, []Method{Existing}, methodsNotYet); reason != "" {
-			report(path+".address.method", "%s", reason)
-		}
+		checkAddress(path+".address", u, hops, report)
 		if len(u.Resolvers) > maxResolvers {
 			report(path+".resolvers", "has %d entries: at most %d are possible", len(u.Resolvers), maxResolvers)
 			continue
@@ -130,7 +132,7 @@ func check(s Settings) (problems []Problem) {
 	}
 
 	m := s.Multipath
-	if reason := offer(m.PathManager, []PathManager{PathManagerDefault, PathManagerFullmesh}, pathManagersNotYet); reason != "" {
+	if reason := offer(m.PathManager, PathManagers, nil); reason != "" {
 		report("multipath.path_manager", "%s", reason)
 	}
 	if !schedulerName.MatchString(m.Scheduler) {
@@ -139,7 +141,9 @@ func check(s Settings) (problems []Problem) {
 	if m.SYNRetries < 0 || m.SYNRetries > maxSYNRetries {
 		report("multipath.syn_retries", "is %d: it must be from 0 to %d", m.SYNRetries, maxSYNRetries)
 	}
-
+	if m.Subflows < 1 || m.Subflows > maxSubflows {
+		report("multipath.subflows", "is %d: it must be from 1 to %d", m.Subflows, maxSubflows)
+	}
 	if n := m.OutOfTree.NumSegments; n < 0 || n > maxNumSegments {
 		report("multipath.out_of_tree.num_segments", "is %d: it must be from 1 to %d, or 0 to leave it as it is", n, maxNumSegments)
 	}
@@ -156,6 +160,64 @@ func check(s Settings) (problems []Problem) {
 	checkForwards(s.Forwards, report)
 	checkClasses(s.Classes, report)
 	return problems
+}
+
+// shares says whether an uplink may be behind an interface that an earlier one
+// has named: at most one of them is without a gateway of its own.
+func shares(earlier []Uplink, u Uplink) bool {
+	found := false
+	for _, e := range earlier {
+		if e.Interface != u.Interface {
+			continue
+		}
+		found = true
+		if e.Address.Method != Gateway && u.Address.Method != Gateway {
+			return false
+		}
+	}
+	return found
+}
+
+// nextHop is a gateway behind one interface.
+type nextHop struct {
+	device  string
+	gateway netip.Addr
+}
+
+// checkAddress remembers in hops which path first named each.
+func checkAddress(path string, u Uplink, hops map[nextHop]string, report func(path, format string, args ...any)) {
+	a := u.Address
+	if reason := offer(a.Method, []Method{Existing, Gateway}, methodsNotYet); reason != "" {
+		report(path+".method", "%s", reason)
+		return
+	}
+	if a.Method != Gateway {
+		if a.Gateway.IsValid() || a.Source.IsValid() {
+			report(path, "has gateway or source, which only method gateway uses: leave them out, or choose method gateway")
+		}
+		return
+	}
+	if reason := hostProblem(a.Gateway); reason != "" && !(a.Gateway.Is6() && a.Gateway.IsLinkLocalUnicast() && a.Gateway.Zone() == "") {
+		report(path+".gateway", "%s", reason)
+		return
+	}
+	hop := nextHop{u.Interface, a.Gateway}
+	if first, taken := hops[hop]; taken {
+		report(path+".gateway", "%s is already that of %s: two uplinks through one gateway are one", a.Gateway, first)
+	} else {
+		hops[hop] = path
+	}
+	if !a.Source.IsValid() {
+		return
+	}
+	switch reason := hostProblem(a.Source); {
+	case reason != "":
+		report(path+".source", "%s", reason)
+	case a.Source.Is4() != a.Gateway.Is4():
+		report(path+".source", "%s and the gateway %s are of different families", a.Source, a.Gateway)
+	case a.Source == a.Gateway:
+		report(path+".source", "%s is the gateway itself: give an address of the interface", a.Source)
+	}
 }
 
 func checkForwards(forwards []Forward, report func(path, format string, args ...any)) {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"io"
 	"net"
-	"net/netip"
 	"testing"
 )
 
@@ -40,7 +39,7 @@ func BenchmarkDial(b *testing.B) {
 	bond.pool.SetPeer(nil)
 	peer := bond.enrolledPeer()
 	for b.Loop() {
-		s, err := peer.dial(context.Background(), netip.Addr{}, bond.address)
+		s, err := peer.dial(context.Background(), source{}, bond.address)
 		if err != nil {
 			b.Fatal(err)
 		}

@@ -113,7 +113,11 @@ func (p *Peer) dialDatagrams(ctx context.Context, a attempt, h hello) (*datagram
 	if err != nil {
 		return nil, Inner{}, err
 	}
-	socket, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(a.source, 0)))
+	var socket *net.UDPConn
+	err = a.source.bind(func(local netip.AddrPort) (err error) {
+		socket, err = net.ListenUDP("udp", net.UDPAddrFromAddrPort(local))
+		return err
+	})
 	if err != nil {
 		return nil, Inner{}, err
 	}

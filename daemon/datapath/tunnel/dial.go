@@ -21,6 +21,8 @@ type Peer struct {
 	// Joins says that the kernel opens a subflow over every path, so that a
 	// session without one is not as it should be.
 	Joins bool
+	// Managed, if set, is told of every session over MPTCP.
+	Managed *Managed
 	// Variant is any text: sessions dialled under another one are replaced. It
 	// stands for settings that the kernel applies to new connections only.
 	Variant  string
@@ -34,16 +36,16 @@ func (p *Peer) serves(q *Peer) bool {
 
 // dial opens a session for flows from one source address to one of the
 // concentrator's addresses, up to WELCOME. The caller starts its run.
-func (p *Peer) dial(ctx context.Context, source netip.Addr, address string) (*Session, error) {
-	s, _, err := p.greet(ctx, source, address, hello{})
+func (p *Peer) dial(ctx context.Context, from source, address string) (*Session, error) {
+	s, _, err := p.greet(ctx, from, address, hello{})
 	return s, err
 }
 
 // greet is dial for a session of the role that the HELLO says.
-func (p *Peer) greet(ctx context.Context, source netip.Addr, address string, h hello) (*Session, welcome, error) {
+func (p *Peer) greet(ctx context.Context, from source, address string, h hello) (*Session, welcome, error) {
 	ctx, cancel := context.WithTimeout(ctx, handshakeTime)
 	defer cancel()
-	s, err := p.connect(ctx, source, address)
+	s, err := p.connect(ctx, from, address)
 	if err != nil {
 		return nil, welcome{}, err
 	}
@@ -53,6 +55,7 @@ func (p *Peer) greet(ctx context.Context, source netip.Addr, address string, h h
 		_ = s.wire.Close()
 		return nil, welcome{}, err
 	}
+	p.Managed.add(s)
 	return s, w, nil
 }
 
@@ -64,8 +67,10 @@ func (p *Peer) Reach(ctx context.Context, path Path) error {
 	if len(list) == 0 {
 		return p.unreachable()
 	}
+	alone := *p
+	alone.Managed = nil // one subflow is all that is asked for
 	s, _, err := race[*Session]{
-		dial: func(ctx context.Context, a attempt) (*Session, error) { return p.dial(ctx, a.source, a.address) },
+		dial: func(ctx context.Context, a attempt) (*Session, error) { return alone.dial(ctx, a.source, a.address) },
 		drop: (*Session).Close,
 	}.run(ctx, list)
 	if err == nil {
@@ -180,22 +185,26 @@ func Enrol(ctx context.Context, id *Identity, t Token, paths []Path, software st
 }
 
 // connect opens the connection and completes the TLS handshake.
-func (p *Peer) connect(ctx context.Context, source netip.Addr, address string) (*Session, error) {
+func (p *Peer) connect(ctx context.Context, from source, address string) (*Session, error) {
 	dialer := net.Dialer{
 		Timeout:         handshakeTime,
 		KeepAliveConfig: keepAlive,
 		Control:         control(p.Multipath),
 	}
 	dialer.SetMultipathTCP(p.Multipath)
-	network := "tcp"
-	if source.IsValid() {
-		dialer.LocalAddr = &net.TCPAddr{IP: source.AsSlice(), Zone: source.Zone()}
-		network = "tcp6"
-		if source.Is4() {
-			network = "tcp4"
+	var conn net.Conn
+	err := from.bind(func(local netip.AddrPort) (err error) {
+		network := "tcp"
+		if from.IsValid() {
+			dialer.LocalAddr = net.TCPAddrFromAddrPort(local)
+			network = "tcp6"
+			if from.Is4() {
+				network = "tcp4"
+			}
 		}
-	}
-	conn, err := dialer.DialContext(ctx, network, address)
+		conn, err = dialer.DialContext(ctx, network, address)
+		return err
+	})
 	if err != nil {
 		return nil, err
 	}

@@ -202,6 +202,18 @@ func (i *Inbound) Sessions() int {
 	return len(i.sessions)
 }
 
+// Busy says whether a flow is open on one of them.
+func (i *Inbound) Busy() bool {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	for s := range i.sessions {
+		if s.busy() {
+			return true
+		}
+	}
+	return false
+}
+
 func (i *Inbound) wake() {
 	select {
 	case i.kick <- struct{}{}:

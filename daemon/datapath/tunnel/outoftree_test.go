@@ -97,7 +97,7 @@ func TestOutOfTreeSockets(t *testing.T) {
 	defer b.stopServer()
 	for _, multipath := range []bool{true, false} {
 		peer := &Peer{Identity: b.routerID, Concentrator: b.serverID.PublicKey(), Multipath: multipath}
-		s, err := peer.connect(t.Context(), netip.MustParseAddr("127.0.0.1"), b.address)
+		s, err := peer.connect(t.Context(), source{}, b.address)
 		if err != nil {
 			t.Fatal(err)
 		}

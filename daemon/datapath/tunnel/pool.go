@@ -56,8 +56,18 @@ const (
 type Path struct {
 	Name    string
 	Sources []netip.Addr // at most one per address family
+	Ports   Ports        // to dial from; any, unless another path has the same address
 	Backup  bool         // dialled from only when no other path works
 }
+
+// SameSource says whether two paths are dialled from the same addresses and ports.
+func (p Path) SameSource(other Path) bool {
+	return slices.Equal(p.Sources, other.Sources) && p.Ports == other.Ports
+}
+
+// Ports is a range of source ports with both its ends. The zero range is all of
+// them.
+type Ports struct{ First, Last uint16 }
 
 // ErrDown says that no session reaches the concentrator.
 var ErrDown = errors.New("the tunnel is down")
@@ -147,13 +157,13 @@ func (p *Pool) SetPeer(peer *Peer) {
 // is tried at once.
 func (p *Pool) SetPaths(paths []Path) {
 	p.mu.Lock()
-	before := map[string][]netip.Addr{}
+	before := map[string]Path{}
 	for _, path := range p.paths {
-		before[path.Name] = path.Sources
+		before[path.Name] = path
 	}
 	p.paths = paths
 	for _, path := range paths {
-		if sources, ok := before[path.Name]; !ok || !slices.Equal(sources, path.Sources) {
+		if old, ok := before[path.Name]; !ok || !path.SameSource(old) {
 			delete(p.trouble, path.Name)
 		} else {
 			delete(before, path.Name)
@@ -500,6 +510,17 @@ func (p *Pool) weight(path Path) time.Duration {
 	return lowest
 }
 
+// Ranking names the paths in the order in which they are dialled, the best first.
+func (p *Pool) Ranking() []string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var names []string
+	for _, path := range p.rank(time.Now()) {
+		names = append(names, path.Name)
+	}
+	return names
+}
+
 // way is whom to dial at present, and the paths to dial over, the best first.
 // restored is when the concentrator last began to answer again, in Unix ns.
 func (p *Pool) way(now time.Time) (peer *Peer, ranked []Path, restored int64) {
@@ -589,7 +610,7 @@ func incomplete(paths []Path, idle []*pooled, joined map[*pooled][]netip.Addr, n
 // attempt is one way to reach the concentrator.
 type attempt struct {
 	path    Path
-	source  netip.Addr
+	source  source
 	address string
 }
 
@@ -600,11 +621,11 @@ func attempts(ranked []Path, addresses []string) []attempt {
 	for _, address := range addresses {
 		literal, err := netip.ParseAddrPort(address)
 		for _, path := range ranked {
-			for _, source := range path.Sources {
-				if err == nil && literal.Addr().Unmap().Is4() != source.Is4() {
+			for _, from := range path.Sources {
+				if err == nil && literal.Addr().Unmap().Is4() != from.Is4() {
 					continue // the other family cannot reach it
 				}
-				list = append(list, attempt{path, source, address})
+				list = append(list, attempt{path, source{from, path.Ports}, address})
 			}
 		}
 	}

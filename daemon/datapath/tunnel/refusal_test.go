@@ -59,7 +59,7 @@ func (b *bond) peer(id *Identity) *Peer {
 
 // first sends a first message of the caller's choice and returns the answer.
 func (b *bond) first(id *Identity, raw []byte) (frameKind, []byte, error) {
-	s, err := b.peer(id).connect(context.Background(), netip.Addr{}, b.address)
+	s, err := b.peer(id).connect(context.Background(), source{}, b.address)
 	if err != nil {
 		return 0, nil, err
 	}
@@ -95,7 +95,7 @@ func TestNegotiate(t *testing.T) {
 func TestStrangersAreRefused(t *testing.T) {
 	b, log := newQuietBond(t)
 	stranger := newIdentity(t)
-	_, err := b.peer(stranger).dial(context.Background(), netip.Addr{}, b.address)
+	_, err := b.peer(stranger).dial(context.Background(), source{}, b.address)
 	var refused *RefusedError
 	if !errors.As(err, &refused) || refused.Code != CodeNotEnrolled {
 		t.Fatalf("dial: %v, want a refusal as not enrolled", err)
@@ -145,7 +145,7 @@ func TestAnotherConcentratorIsNotTrusted(t *testing.T) {
 	b, _ := newQuietBond(t)
 	p := b.peer(b.routerID)
 	p.Concentrator = newIdentity(t).PublicKey()
-	_, err := p.dial(context.Background(), netip.Addr{}, b.address)
+	_, err := p.dial(context.Background(), source{}, b.address)
 	var mismatch *KeyMismatchError
 	if !errors.As(err, &mismatch) || mismatch.Got != b.serverID.PublicKey() {
 		t.Fatalf("dial: %v, want a key mismatch", err)
@@ -196,7 +196,7 @@ func TestBrokenFramesEndTheirSessionOnly(t *testing.T) {
 		"config":           appendFrame(nil, frameConfig, []byte("{}")),
 		"welcome, to them": appendFrame(nil, frameWelcome, []byte("{}")),
 	} {
-		s, err := b.enrolledPeer().dial(context.Background(), netip.Addr{}, b.address)
+		s, err := b.enrolledPeer().dial(context.Background(), source{}, b.address)
 		if err != nil {
 			t.Fatal(err)
 		}

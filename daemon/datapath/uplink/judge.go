@@ -46,13 +46,27 @@ type Default struct {
 }
 
 // Want names an interface that is to be judged as an uplink.
-type Want struct{ Name, Interface string }
+type Want struct {
+	Name, Interface string
+	// Gateway, if valid, is to be used instead of the default route's, and Source
+	// too if that is valid.
+	Gateway, Source netip.Addr
+}
+
+// Uplinks that share an address are told apart by the source port. The ranges lie
+// below what Linux gives to sockets by itself (ip_local_port_range, from 32768),
+// one for each place in the settings.
+const (
+	firstPort      = 16384
+	portsPerUplink = 1024
+	places         = 16
+)
 
 // Judge says of every wanted uplink, in the order given, whether it is fit and
 // what traffic through it needs. IPv4 alone or IPv6 alone is enough.
 func Judge(o Observation, wants []Want) []Status {
 	statuses := make([]Status, len(wants))
-	holder := map[netip.Addr]string{} // the interface that each source was first found on
+	var taken holders
 	// Links with a carrier first: when two modems hand out the same address, the
 	// one that works has it.
 	for _, carrier := range []bool{true, false} {
@@ -65,14 +79,60 @@ func Judge(o Observation, wants []Want) []Status {
 					Reason: fmt.Sprintf("interface %s does not exist", want.Interface),
 				}
 			case o.Links[at].Carrier == carrier:
-				statuses[i] = judge(o.Links[at], want, holder)
+				statuses[i] = taken.judge(o.Links[at], want)
+			}
+		}
+	}
+	for i := range statuses {
+		for j := range i {
+			if shareSource(statuses[i], statuses[j]) {
+				statuses[i].Ports, statuses[j].Ports = portsOf(i), portsOf(j)
 			}
 		}
 	}
 	return statuses
 }
 
-func judge(link Link, want Want, holder map[netip.Addr]string) Status {
+func portsOf(place int) Ports {
+	first := uint16(firstPort + place*portsPerUplink)
+	return Ports{first, first + portsPerUplink - 1}
+}
+
+// Allotted says whether a port is in the range of some place, used or not.
+func Allotted(port uint16) bool {
+	return port >= firstPort && int(port) < firstPort+places*portsPerUplink
+}
+
+func shareSource(a, b Status) bool {
+	return slices.ContainsFunc(a.Sources, func(p netip.Prefix) bool {
+		return slices.ContainsFunc(b.Sources, func(q netip.Prefix) bool { return p.Addr() == q.Addr() })
+	})
+}
+
+// holders is what the uplinks judged so far use.
+type holders []held
+
+type held struct {
+	device, uplink  string
+	source, gateway netip.Addr
+}
+
+// take claims a source and gateway for an uplink, unless another has them.
+func (h *holders) take(next held) (reason string) {
+	for _, other := range *h {
+		switch {
+		case other.device != next.device && other.source == next.source:
+			// The source address is all that tells the interfaces' traffic apart.
+			return fmt.Sprintf("%s has the address %s, which %s has too: give one of their networks another range", next.device, next.source, other.device)
+		case other.device == next.device && other.gateway == next.gateway:
+			return fmt.Sprintf("%s goes through the gateway %s of %s, as %s does", next.uplink, next.gateway, next.device, other.uplink)
+		}
+	}
+	*h = append(*h, next)
+	return ""
+}
+
+func (h *holders) judge(link Link, want Want) Status {
 	s := Status{
 		Name: want.Name, Interface: want.Interface, Index: link.Index,
 		ReceivedBytes: link.ReceivedBytes, SentBytes: link.SentBytes,
@@ -87,14 +147,9 @@ func judge(link Link, want Want, holder map[netip.Addr]string) Status {
 	// alone need not be taken away and put back whenever a cable moves.
 	var missing []string
 	for _, family := range []string{"IPv4", "IPv6"} {
-		source, gateway, reason := choose(link, family)
+		source, gateway, reason := choose(link, want, family)
 		if reason == "" {
-			// The source address is all that tells the uplinks' traffic apart.
-			if other, taken := holder[source.Addr()]; taken {
-				reason = fmt.Sprintf("%s has the address %s, which %s has too: give one of their networks another range", link.Name, source.Addr(), other)
-			} else {
-				holder[source.Addr()] = link.Name
-			}
+			reason = h.take(held{link.Name, want.Name, source.Addr(), gateway})
 		}
 		if reason != "" {
 			missing = append(missing, reason)
@@ -129,15 +184,20 @@ func worst(reasons []string) string {
 const noAddress = "has no usable address"
 
 // choose picks the address to send from and the gateway to send to.
-func choose(link Link, family string) (source netip.Prefix, gateway netip.Addr, reason string) {
+func choose(link Link, want Want, family string) (source netip.Prefix, gateway netip.Addr, reason string) {
 	is := func(a netip.Addr) bool { return a.Is4() == (family == "IPv4") }
 
-	gateways := slices.DeleteFunc(slices.Clone(link.Defaults), func(d Default) bool { return !is(d.Gateway) })
-	slices.SortFunc(gateways, func(a, b Default) int {
-		return cmp.Or(cmp.Compare(a.Metric, b.Metric), a.Gateway.Compare(b.Gateway))
-	})
-	if len(gateways) > 0 {
-		gateway = gateways[0].Gateway
+	if gateway = want.Gateway; gateway.IsValid() && !is(gateway) {
+		return source, gateway, fmt.Sprintf("%s %s", link.Name, noAddress)
+	}
+	if !gateway.IsValid() {
+		gateways := slices.DeleteFunc(slices.Clone(link.Defaults), func(d Default) bool { return !is(d.Gateway) })
+		slices.SortFunc(gateways, func(a, b Default) int {
+			return cmp.Or(cmp.Compare(a.Metric, b.Metric), a.Gateway.Compare(b.Gateway))
+		})
+		if len(gateways) > 0 {
+			gateway = gateways[0].Gateway
+		}
 	}
 
 	sources := slices.DeleteFunc(slices.Clone(link.Addresses), func(a Address) bool {
@@ -153,9 +213,17 @@ func choose(link Link, family string) (source netip.Prefix, gateway netip.Addr, 
 			a.Prefix.Addr().Compare(b.Prefix.Addr()),
 		)
 	})
+	if want.Source.IsValid() {
+		sources = slices.DeleteFunc(sources, func(a Address) bool { return a.Prefix.Addr() != want.Source })
+		if len(sources) == 0 {
+			return source, gateway, fmt.Sprintf("%s does not have the address %s, or cannot use it", link.Name, want.Source)
+		}
+	}
 	switch {
 	case len(sources) == 0:
 		return source, gateway, fmt.Sprintf("%s %s", link.Name, noAddress)
+	case want.Gateway.IsValid() && !want.Source.IsValid() && !gateway.IsLinkLocalUnicast() && !sources[0].Prefix.Contains(gateway):
+		return source, gateway, fmt.Sprintf("no address of %s is in the network of the gateway %s: give the source address as well", link.Name, gateway)
 	case !gateway.IsValid():
 		return source, gateway, fmt.Sprintf("no default route on %s in the main table: its gateway is unknown", link.Name)
 	}

@@ -88,9 +88,9 @@ func TestJudge(t *testing.T) {
 			"wan1: [] via [] unfit: wan1 has no carrier: nothing answers at the other end of the link\nwan2: [10.1.0.2/24] via [10.1.0.1]"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			wants := []Want{{"dsl", "wan1"}}
+			wants := []Want{{Name: "dsl", Interface: "wan1"}}
 			if len(test.links) > 1 {
-				wants = append(wants, Want{"lte", "wan2"})
+				wants = append(wants, Want{Name: "lte", Interface: "wan2"})
 			}
 			// The kernel's order must not matter.
 			for range 10 {
@@ -143,7 +143,7 @@ func TestNetworks(t *testing.T) {
 func TestJudgeNamesAndCounters(t *testing.T) {
 	l := link(7, "10.1.0.2/24", "10.1.0.1")
 	l.ReceivedBytes, l.SentBytes = 3, 4
-	got := Judge(Observation{[]Link{l}}, []Want{{"lte", "wan9"}, {"dsl", "wan7"}})
+	got := Judge(Observation{[]Link{l}}, []Want{{Name: "lte", Interface: "wan9"}, {Name: "dsl", Interface: "wan7"}})
 	want := []Status{
 		{Name: "lte", Interface: "wan9", Reason: "interface wan9 does not exist"},
 		{Name: "dsl", Interface: "wan7", Index: 7, Fit: true, ReceivedBytes: 3, SentBytes: 4,
@@ -154,5 +154,76 @@ func TestJudgeNamesAndCounters(t *testing.T) {
 	}
 	if got[0].Present() || !got[1].Present() {
 		t.Error("Present is wrong")
+	}
+}
+
+// TestJudgeGateways: several uplinks behind one interface.
+func TestJudgeGateways(t *testing.T) {
+	via := func(name, gateway, source string) Want {
+		w := Want{Name: name, Interface: "wan1"}
+		if gateway != "" {
+			w.Gateway = netip.MustParseAddr(gateway)
+		}
+		if source != "" {
+			w.Source = netip.MustParseAddr(source)
+		}
+		return w
+	}
+	two := link(1, "10.1.0.2/24 10.1.0.7/24~ 2001:db8::2/64", "10.1.0.1 fe80::1")
+	for _, test := range []struct {
+		name  string
+		links []Link
+		wants []Want
+		want  string
+	}{
+		{"sources of their own", []Link{two}, []Want{via("a", "", ""), via("b", "10.1.0.3", "10.1.0.7")},
+			"a: [10.1.0.2/24 2001:db8::2/64] via [10.1.0.1 fe80::1] {0 0}\nb: [10.1.0.7/24] via [10.1.0.3] {0 0}"},
+		{"a shared source", []Link{two}, []Want{via("a", "", ""), via("b", "10.1.0.3", ""), via("c", "10.1.0.4", "10.1.0.7")},
+			"a: [10.1.0.2/24 2001:db8::2/64] via [10.1.0.1 fe80::1] {16384 17407}\nb: [10.1.0.2/24] via [10.1.0.3] {17408 18431}\nc: [10.1.0.7/24] via [10.1.0.4] {0 0}"},
+		{"IPv6, link-local", []Link{two}, []Want{via("a", "fe80::9", "")},
+			"a: [2001:db8::2/64] via [fe80::9] {0 0}"},
+		{"no default route is needed", []Link{link(1, "10.1.0.2/24", "")}, []Want{via("a", "10.1.0.3", "")},
+			"a: [10.1.0.2/24] via [10.1.0.3] {0 0}"},
+		{"the gateway of another", []Link{two}, []Want{via("a", "10.1.0.1", ""), via("b", "", "")},
+			"a: [10.1.0.2/24] via [10.1.0.1] {0 0}\nb: [2001:db8::2/64] via [fe80::1] {0 0}"},
+		{"the gateway of another, and nothing else", []Link{link(1, "10.1.0.2/24", "10.1.0.1")}, []Want{via("a", "10.1.0.1", ""), via("b", "", "")},
+			"a: [10.1.0.2/24] via [10.1.0.1] {0 0}\nb: unfit: b goes through the gateway 10.1.0.1 of wan1, as a does"},
+		{"a gateway elsewhere", []Link{two}, []Want{via("a", "10.9.0.1", "")},
+			"a: unfit: no address of wan1 is in the network of the gateway 10.9.0.1: give the source address as well"},
+		{"a gateway elsewhere with its source", []Link{two}, []Want{via("a", "10.9.0.1", "10.1.0.2")},
+			"a: [10.1.0.2/24] via [10.9.0.1] {0 0}"},
+		{"a source that is not there", []Link{two}, []Want{via("a", "10.1.0.3", "10.1.0.8")},
+			"a: unfit: wan1 does not have the address 10.1.0.8, or cannot use it"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			var got []string
+			for _, s := range Judge(Observation{test.links}, test.wants) {
+				if !s.Fit {
+					got = append(got, s.Name+": unfit: "+s.Reason)
+					continue
+				}
+				got = append(got, fmt.Sprintf("%s: %v via %v %v", s.Name, s.Sources, s.Gateways, s.Ports))
+			}
+			if diff := cmp.Diff(test.want, strings.Join(got, "\n")); diff != "" {
+				t.Errorf("-want +got\n%s", diff)
+			}
+		})
+	}
+}
+
+// TestOf: what leaves from a shared address is told apart by its port.
+func TestOf(t *testing.T) {
+	of := func(address string, fit bool, ports Ports) Status {
+		return Status{Sources: []netip.Prefix{netip.MustParsePrefix(address + "/24")}, Fit: fit, Ports: ports}
+	}
+	statuses := []Status{
+		of("10.1.0.2", false, Ports{100, 199}), of("10.1.0.2", true, Ports{200, 299}), of("10.2.0.2", true, Ports{}),
+	}
+	for local, want := range map[string]int{
+		"10.1.0.2:100": 0, "10.1.0.2:299": 1, "10.1.0.2:300": 1, "10.2.0.2:100": 2, "10.3.0.2:100": -1,
+	} {
+		if got := Of(statuses, netip.MustParseAddrPort(local)); got != want {
+			t.Errorf("%s: place %d, want %d", local, got, want)
+		}
 	}
 }

@@ -58,7 +58,7 @@ func addAddress(t *testing.T, l netlink.Link, a string) {
 // the kernel tells it.
 func TestObserve(t *testing.T) {
 	namespace(t)
-	wants := []Want{{"dsl", "wan1"}, {"lte", "wan2"}}
+	wants := []Want{{Name: "dsl", Interface: "wan1"}, {Name: "lte", Interface: "wan2"}}
 	judge := func() (string, string, []Status) {
 		t.Helper()
 		o, err := Observe([]string{"wan1", "wan2"})

@@ -8,7 +8,10 @@
 // is behind them.
 package uplink
 
-import "net/netip"
+import (
+	"net/netip"
+	"slices"
+)
 
 // Status is what is known of one uplink at one moment.
 type Status struct {
@@ -22,11 +25,42 @@ type Status struct {
 	// table, at most one per family and only for families in Sources. A
 	// point-to-point link without a next hop has the unspecified address.
 	Gateways []netip.Addr
-	Fit      bool
-	Reason   string // why it is not fit, one sentence; empty when it is
+	// Ports are those that traffic from Sources leaves from by this uplink, while
+	// others of the same interface share an address with it.
+	Ports  Ports
+	Fit    bool
+	Reason string // why it is not fit, one sentence; empty when it is
 
 	// Counters of the interface, in bytes since it appeared.
 	ReceivedBytes, SentBytes uint64
+}
+
+// Ports is a range of source ports with both its ends. The zero range is all of
+// them.
+type Ports struct{ First, Last uint16 }
+
+// Contains says whether a port is in the range.
+func (p Ports) Contains(port uint16) bool {
+	return p == Ports{} || p.First <= port && port <= p.Last
+}
+
+// Of returns the place of the uplink that traffic from an address and port leaves
+// by, or -1. Ports that belong to none of several that share the address leave by
+// the first that is fit.
+func Of(statuses []Status, local netip.AddrPort) int {
+	at := -1
+	for i, s := range statuses {
+		if !slices.ContainsFunc(s.Sources, func(p netip.Prefix) bool { return p.Addr() == local.Addr() }) {
+			continue
+		}
+		if s.Ports.Contains(local.Port()) {
+			return i
+		}
+		if at < 0 || s.Fit && !statuses[at].Fit {
+			at = i
+		}
+	}
+	return at
 }
 
 // Present says whether the interface exists.

@@ -1,0 +1,126 @@
+package tunnel
+
+import (
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"sync"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// Managed are the live sessions whose subflows the daemon opens and closes itself,
+// of every role: those dialled with a Peer that has it.
+type Managed struct {
+	changed func()
+
+	mu       sync.Mutex
+	sessions map[*Session]bool
+}
+
+// NewManaged returns a Managed that calls changed for every session that is added
+// to it.
+func NewManaged(changed func()) *Managed {
+	return &Managed{changed: changed, sessions: map[*Session]bool{}}
+}
+
+func (m *Managed) add(s *Session) {
+	if m == nil || !s.multipath {
+		return
+	}
+	m.mu.Lock()
+	m.sessions[s] = true
+	m.mu.Unlock()
+	m.changed()
+}
+
+// Drop leaves a session to others.
+func (m *Managed) Drop(s *Session) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.sessions, s)
+}
+
+// Sessions are those that have not ended.
+func (m *Managed) Sessions() []*Session {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var live []*Session
+	for s := range m.sessions {
+		if isClosed(s.done) {
+			delete(m.sessions, s)
+		} else {
+			live = append(live, s)
+		}
+	}
+	return live
+}
+
+// mptcpInfoToken is the place of mptcpi_token in struct mptcp_info
+// (include/uapi/linux/mptcp.h, Linux 5.16 and later), in numbers of 32 bits.
+const mptcpInfoToken = 3
+
+// Ends are the two ends of a subflow.
+type Ends struct{ Local, Remote netip.AddrPort }
+
+// Ends lists the ends of the session's subflows, also of those that are being
+// opened or have been closed, and the token by which the kernel knows the session
+// in this network namespace. A session over plain TCP has none.
+func (s *Session) Ends() (token uint32, list []Ends, err error) {
+	if !s.multipath {
+		return 0, nil, errors.New("the session is over plain TCP")
+	}
+	var inner error
+	err = s.wire.raw.Control(func(fd uintptr) {
+		var info [mptcpInfoToken + 1]uint32
+		length := uint32(unsafe.Sizeof(info))
+		_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, fd, solMPTCP, mptcpInfo,
+			uintptr(unsafe.Pointer(&info)), uintptr(unsafe.Pointer(&length)), 0)
+		if errno != 0 {
+			inner = fmt.Errorf("read the token of a session: %w", errno)
+			return
+		}
+		token = info[mptcpInfoToken]
+		addresses := borrow()
+		defer addresses.release()
+		stride, n, err := subflowOption(int(fd), mptcpSubflowAddrs, addresses, sizeSubflowAddress)
+		if err != nil {
+			inner = fmt.Errorf("read the subflows of a session: %w", err)
+			return
+		}
+		for i := range n {
+			a := addresses.data[sizeSubflowData+i*stride:]
+			list = append(list, Ends{sockaddr(a[:sizeSockaddr]), sockaddr(a[sizeSockaddr:sizeSubflowAddress])})
+		}
+	})
+	return token, list, errors.Join(err, inner)
+}
+
+// Remote is the concentrator's end of the session.
+func (s *Session) Remote() netip.AddrPort { return addrPort(s.wire.RemoteAddr()) }
+
+// source is where a connection is dialled from: an address, and the ports that
+// lead over the uplink that is meant. The zero source leaves it to the kernel.
+type source struct {
+	netip.Addr
+	ports Ports
+}
+
+// portTries is how many ports of a range are tried before it counts as full.
+const portTries = 8
+
+// bind calls open with an end that is free, port 0 for any.
+func (s source) bind(open func(netip.AddrPort) error) (err error) {
+	if s.ports == (Ports{}) {
+		return open(netip.AddrPortFrom(s.Addr, 0))
+	}
+	for range portTries {
+		port := s.ports.First + uint16(rand.N(int(s.ports.Last-s.ports.First)+1))
+		if err = open(netip.AddrPortFrom(s.Addr, port)); !errors.Is(err, unix.EADDRINUSE) {
+			return err
+		}
+	}
+	return err
+}

@@ -1,0 +1,53 @@
+package router
+
+import (
+	"testing"
+	"time"
+
+	"sheaf/daemon/control/desired"
+	"sheaf/daemon/control/settings"
+)
+
+// TestJoinAgain: a way that fails is tried ever more rarely, and one that held in
+// between at once.
+func TestJoinAgain(t *testing.T) {
+	now := time.Date(2025, 6, 1, 12, 0, 0, 0, time.UTC)
+	var j joined
+	for i, want := range []time.Duration{250 * time.Millisecond, 500 * time.Millisecond, time.Second, 2 * time.Second, 4 * time.Second, 8 * time.Second, joinLast, joinLast} {
+		j = j.next(now)
+		if got := j.until.Sub(now); got != want {
+			t.Errorf("after %d tries: wait %v, want %v", i+1, got, want)
+		}
+		now = j.until
+	}
+	now = now.Add(joinLast + time.Second)
+	if got := j.next(now).until.Sub(now); got != joinFirst {
+		t.Errorf("after it held: wait %v, want %v", got, joinFirst)
+	}
+}
+
+func TestKernelPathManager(t *testing.T) {
+	empty := &desired.MPTCP{}
+	meshed := &desired.MPTCP{Endpoints: make([]desired.Endpoint, 2), Limits: desired.Limits{Subflows: 8}}
+	single := &desired.MPTCP{Endpoints: make([]desired.Endpoint, 2)}
+	for _, c := range []struct {
+		want      settings.PathManager
+		userspace bool
+		held      *desired.MPTCP
+		got       settings.PathManager
+	}{
+		{settings.PathManagerFullmesh, false, meshed, settings.PathManagerFullmesh},
+		{settings.PathManagerFullmesh, false, empty, settings.PathManagerDefault},
+		{settings.PathManagerFullmesh, true, meshed, settings.PathManagerNetlink}, // somebody has changed it
+		{settings.PathManagerDefault, false, single, settings.PathManagerDefault},
+		{settings.PathManagerBinder, true, meshed, settings.PathManagerBinder},
+		{settings.PathManagerNdiffports, false, meshed, settings.PathManagerFullmesh}, // the kernel cannot, or not yet
+		{settings.PathManagerNetlink, false, empty, settings.PathManagerNetlink},
+		{settings.PathManagerNetlink, false, meshed, settings.PathManagerFullmesh}, // while flows are open
+		{settings.PathManagerFullmesh, false, nil, settings.PathManagerDefault},
+	} {
+		if got := kernelPathManager(c.want, c.userspace, c.held); got != c.got {
+			t.Errorf("%s wanted, userspace %t, %+v: %s, want %s", c.want, c.userspace, c.held, got, c.got)
+		}
+	}
+}
