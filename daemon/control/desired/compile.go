@@ -94,11 +94,15 @@ func find(statuses []uplink.Status, u settings.Uplink) (uplink.Status, bool) {
 
 // Barrier says what stays after the daemon has ended in good order: with
 // when_tunnel_down block, what keeps the LAN from leaving by any other way than
-// the tunnel; else nothing.
+// the tunnel; else nothing. Paths that the daemon managed are the kernel's again,
+// since nobody else would open a subflow of other programs' connections.
 func Barrier(s settings.Settings, lan []netip.Prefix) State {
 	var state State
 	if s.WhenTunnelDown == settings.Block {
 		compileBarrier(&state, s.LAN, lan)
+	}
+	if s.Multipath.PathManager.Userspace() {
+		state.MPTCP = &MPTCP{Outside: true, Sysctls: map[string]string{sysctlPMType: "0"}}
 	}
 	slices.SortFunc(state.Rules, compareRules)
 	slices.SortFunc(state.Routes, compareRoutes)

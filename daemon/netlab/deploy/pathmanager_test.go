@@ -121,6 +121,10 @@ func TestNdiffports(t *testing.T) {
 	if err := <-d.done; err != nil {
 		t.Fatal(err)
 	}
+	w.need(w.Router.Stop(15 * time.Second))
+	if w.pmType() != "0" {
+		t.Error("nobody manages the paths of other programs after the daemon has ended")
+	}
 }
 
 // secondGateway puts another gateway onto the segment of an uplink, and returns
