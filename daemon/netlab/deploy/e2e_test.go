@@ -628,7 +628,7 @@ func TestTokensAndSettingsRefused(t *testing.T) {
 		"bad mode":       {strings.Replace(w.Settings(""), "mode: on", "mode: sometimes", 1), ":5:"},
 		"bad interface":  {strings.Replace(w.Settings(""), "wan1", "no/such", 1), ":5:"},
 		"not YAML":       {"{{{", "not YAML"},
-		"unavailable":    {w.Settings("") + "multipath: {path_manager: ndiffports}\n", "fullmesh"},
+		"unknown name":   {w.Settings("") + "multipath: {path_manager: mesh}\n", "fullmesh"},
 		"unknown method": {strings.Replace(w.Settings(""), "method: existing", "method: dhcp", 1), "existing"},
 	} {
 		file, err := w.File("bad.yaml", c.text)
