@@ -53,7 +53,7 @@ var parts = []struct {
 	name string
 	run  func(context.Context, benchOptions) error
 }{
-	{"shaped", benchShaped}, {"packets", benchPackets}, {"small", benchSmall}, {"unequal", benchUnequal}, {"failover", benchFailover},
+	{"shaped", benchShaped}, {"packets", benchPackets}, {"small", benchSmall}, {"unequal", benchUnequal}, {"failover", benchFailover}, {"faults", benchFaults},
 	{"many", benchMany}, {"unshaped", benchUnshaped},
 }
 
