@@ -72,13 +72,14 @@ func TestStormPlan(t *testing.T) {
 }
 
 func TestLongestOutage(t *testing.T) {
-	hole := func(uplink int, at, hold time.Duration) fault {
-		return fault{kind: blackHole, uplink: uplink, at: at * time.Millisecond, hold: hold * time.Millisecond}
+	ms := func(n int) time.Duration { return time.Duration(n) * time.Millisecond }
+	hole := func(uplink, at, hold int) fault {
+		return fault{kind: blackHole, uplink: uplink, at: ms(at), hold: ms(hold)}
 	}
 	for _, c := range []struct {
 		name   string
 		faults []fault
-		want   time.Duration
+		want   int // ms
 	}{
 		{"none", nil, 0},
 		{"one of two", []fault{hole(0, 0, 1000)}, 0},
@@ -91,8 +92,8 @@ func TestLongestOutage(t *testing.T) {
 		{"long enough between", []fault{hole(0, 0, 4000), hole(1, 0, 500), hole(1, 1500, 600)}, 600},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			if got := longestOutage(c.faults, 2); got != c.want*time.Millisecond {
-				t.Errorf("got %v, want %v", got, c.want*time.Millisecond)
+			if got := longestOutage(c.faults, 2); got != ms(c.want) {
+				t.Errorf("got %v, want %v", got, ms(c.want))
 			}
 		})
 	}
