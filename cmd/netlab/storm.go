@@ -36,9 +36,12 @@ func benchFaults(ctx context.Context, o benchOptions) error {
 			fmt.Printf("%-46s %14d %9s\n", "transfers failed, or with another content", r.Failed, "0")
 			fmt.Printf("%-46s %14d   %.2f GB\n", "transfers complete", r.Transfers, float64(r.Bytes)/1e9)
 			fmt.Printf("%-46s %12.1f s\n", "longest without a byte at a receiver", r.LongestStall.Seconds())
+			if err != nil {
+				return err
+			}
 			fmt.Printf("%-46s %12.1f s\n", "nothing left over after", r.Settled.Seconds())
 			fmt.Printf("%-46s %14d\n", "  sockets that the kernels are yet closing", r.Closing)
-			return err
+			return nil
 		})
 		after, e := deploy.Network(lab)
 		if err = errors.Join(err, e); err != nil {

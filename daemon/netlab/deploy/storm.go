@@ -49,7 +49,7 @@ type StormResult struct {
 	// request or the byte before.
 	LongestStall time.Duration
 	// Settled is how long after the last fault the kernels and the daemons were
-	// as before the storm.
+	// as before the storm, all transfers ended included.
 	Settled time.Duration
 	// Closing is the number of TCP sockets of the tunnel that both kernels were
 	// still closing then, towards addresses that are no more. No session has a
@@ -237,9 +237,11 @@ func (s Storm) Run(ctx context.Context, d *Deployment) (StormResult, error) {
 		}
 		time.Sleep(200 * time.Millisecond)
 	}
-	r.fail(fmt.Sprintf("left over %v after the storm", stormPatience), err)
 	r.result.Settled = time.Since(calm)
-	return r.result, r.failures(plan)
+	if err != nil {
+		err = fmt.Errorf("left over %v after the storm: %w", stormPatience, err)
+	}
+	return r.result, errors.Join(r.failures(plan), err)
 }
 
 // A stormRun is a storm under way.
