@@ -27,7 +27,6 @@ import (
 const (
 	shapedSize   = 80e6
 	shapedRuns   = 5
-	smallSize    = 10e3
 	smallRuns    = 40
 	manyFlows    = 2000
 	manySize     = 100e3
@@ -54,7 +53,7 @@ var parts = []struct {
 	name string
 	run  func(context.Context, benchOptions) error
 }{
-	{"shaped", benchShaped}, {"packets", benchPackets}, {"small", benchSmall}, {"failover", benchFailover},
+	{"shaped", benchShaped}, {"packets", benchPackets}, {"small", benchSmall}, {"unequal", benchUnequal}, {"failover", benchFailover}, {"faults", benchFaults},
 	{"many", benchMany}, {"unshaped", benchUnshaped},
 }
 
@@ -218,21 +217,33 @@ func withEndpoints(ctx context.Context, lab *netlab.Lab, f func() error) (err er
 	return f()
 }
 
-// benchSmall fetches 10 kB, each time on a new connection.
+// smallSizes are in bytes; a fetch over the bond is to take at most the share of
+// the time that it takes over the best uplink alone.
+var smallSizes = []struct {
+	bytes  int64
+	target float64
+}{{10e3, 0.6}, {100e3, 0.7}, {1e6, 0.6}}
+
+// benchSmall fetches little, each time on a new connection.
 func benchSmall(ctx context.Context, o benchOptions) error {
 	runs := o.times(smallRuns)
-	fmt.Printf("A fetch of %.0f kB, each on a new LAN connection, same uplinks; median of %d.\n\n", smallSize/1e3, runs)
-	fetch := func(dial dialFunc) (time.Duration, error) {
-		var times []time.Duration
-		for range runs {
-			samples, err := transfer(ctx, dial, false, smallSize)
-			if err != nil {
-				return 0, err
+	fmt.Printf("Small fetches, each on a new LAN connection, same uplinks; median of %d.\n\n", runs)
+	fmt.Printf("%-34s %14s %14s %8s %8s\n", "", "best alone", "Sheaf", "of it", "target")
+	fetch := func(dial dialFunc) ([]time.Duration, error) {
+		var medians []time.Duration
+		for _, size := range smallSizes {
+			var times []time.Duration
+			for range runs {
+				samples, err := transfer(ctx, dial, false, size.bytes)
+				if err != nil {
+					return nil, err
+				}
+				times = append(times, samples[len(samples)-1].at)
+				time.Sleep(20 * time.Millisecond)
 			}
-			times = append(times, samples[len(samples)-1].at)
-			time.Sleep(20 * time.Millisecond)
+			medians = append(medians, median(times))
 		}
-		return median(times), nil
+		return medians, nil
 	}
 	return withLab(netlab.Config{Uplinks: uplinks, Seed: 1}, func(lab *netlab.Lab) error {
 		alone, err := fetch(dialer(lab.LAN))
@@ -244,8 +255,10 @@ func benchSmall(ctx context.Context, o benchOptions) error {
 			if err != nil {
 				return err
 			}
-			fmt.Printf("%-34s %10.1f ms\n", "best uplink alone", ms(alone))
-			fmt.Printf("%-34s %10.1f ms   %.2f of it\n", "Sheaf", ms(bonded), float64(bonded)/float64(alone))
+			for i, size := range smallSizes {
+				fmt.Printf("%-34s %11.1f ms %11.1f ms %8.2f %8s\n", fmt.Sprintf("%d kB", size.bytes/1000),
+					ms(alone[i]), ms(bonded[i]), float64(bonded[i])/float64(alone[i]), fmt.Sprintf("≤ %.1f", size.target))
+			}
 			return nil
 		})
 	})

@@ -219,8 +219,9 @@ func dialStream(h *netlab.Host) dialFunc {
 }
 
 // run keeps a transfer going while script does what it does, and returns what
-// arrived since begin.
+// arrived. Its clock starts before the connection is opened, at begin.
 func (s *streams) run(ctx context.Context, dial dialFunc, upload bool, script func(begin time.Time) error) ([]sample, error) {
+	begin := time.Now()
 	client, err := dial(ctx)
 	if err != nil {
 		return nil, err
@@ -247,7 +248,6 @@ func (s *streams) run(ctx context.Context, dial dialFunc, upload bool, script fu
 		wg       sync.WaitGroup
 		samples  []sample
 		received error
-		begin    = time.Now()
 	)
 	wg.Go(func() {
 		for {

@@ -151,6 +151,7 @@ func (l *Lab) build(config Config) error {
 	}
 	for i, shape := range config.Uplinks {
 		u := &Uplink{Number: i + 1, lab: l, routerTAP: -1, coreTAP: -1}
+		u.host.Store(FirstHost)
 		l.Uplinks = append(l.Uplinks, u)
 		if l.plain == nil {
 			l.plain = u

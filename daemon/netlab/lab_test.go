@@ -248,10 +248,70 @@ func TestLinkDownAndUpRestoresTheRouter(t *testing.T) {
 					must(t, err)
 				}
 				eventually(t, 3*time.Second, func() string {
-					return difference(before, network(t, l.Router)) + difference(core, network(t, l.Core))
+					return Difference(before, network(t, l.Router)) + Difference(core, network(t, l.Core))
 				})
 			})
 		}
+	}
+}
+
+func TestSetAddress(t *testing.T) {
+	for _, unshaped := range []bool{false, true} {
+		t.Run(fmt.Sprintf("unshaped=%v", unshaped), func(t *testing.T) {
+			l := newLab(t, Config{Uplinks: make([]Shape, 2), Unshaped: unshaped})
+			must(t, l.PlainVia(2))
+			u := l.Uplinks[1]
+			serve(t, l.Server, false, ":"+port, echo)
+			before, core := network(t, l.Router), network(t, l.Core)
+			changes := func(host int, address, address6 string) {
+				t.Helper()
+				old, old6 := u.Address(), u.Address6()
+				must(t, u.SetAddress(host))
+				if u.Address() != address || u.Address6() != address6 {
+					t.Errorf("host %d: the addresses are %s and %s", host, u.Address(), u.Address6())
+				}
+				n := network(t, l.Router)
+				for _, gone := range []string{old, old6} {
+					if strings.Contains(n, "address "+gone+"/") {
+						t.Errorf("host %d: the router still has %s:\n%s", host, gone, n)
+					}
+				}
+				for _, now := range []string{address, address6} {
+					if !strings.Contains(n, "address "+now+"/") {
+						t.Errorf("host %d: the router has no %s:\n%s", host, now, n)
+					}
+				}
+			}
+			reaches := func() {
+				t.Helper()
+				for _, server := range []string{ServerAddress, ServerAddress6} {
+					_, err := ping(dial(t, l.LAN, net.JoinHostPort(server, port)), 5*time.Second)
+					must(t, err)
+				}
+			}
+			changes(77, "10.2.0.77", "2001:db8:2::4d")
+			reaches()
+
+			// While the link is down the new addresses wait.
+			must(t, u.Link(false))
+			must(t, u.SetAddress(200))
+			if n := network(t, l.Router); strings.Contains(n, "address 10.2.0.") {
+				t.Errorf("the link is down and has got an address:\n%s", n)
+			}
+			must(t, u.Link(true))
+			reaches()
+
+			changes(2, "10.2.0.2", "2001:db8:2::2")
+			reaches()
+			eventually(t, 3*time.Second, func() string {
+				return Difference(before, network(t, l.Router)) + Difference(core, network(t, l.Core))
+			})
+			for _, host := range []int{1, 255} {
+				if err := u.SetAddress(host); err == nil {
+					t.Errorf("host %d was taken", host)
+				}
+			}
+		})
 	}
 }
 
@@ -288,7 +348,7 @@ func TestPlainVia(t *testing.T) {
 			}
 		}
 	}
-	if d := difference(before, network(t, l.Router)+network(t, l.Core)); d != "" {
+	if d := Difference(before, network(t, l.Router)+network(t, l.Core)); d != "" {
 		t.Errorf("back at wan1, the network differs:\n%s", d)
 	}
 	if err := l.PlainVia(4); err == nil {
@@ -334,7 +394,7 @@ func TestMultipathUsesAllUplinks(t *testing.T) {
 			})
 		})
 	}
-	added := difference(before, network(t, l.Router))
+	added := Difference(before, network(t, l.Router))
 	for _, want := range []string{
 		"+ mptcp endpoint 10.2.0.2 id 1 port 0 flags 0x2 ifindex 0",
 		"+ mptcp limit subflows 8",
@@ -442,26 +502,6 @@ func network(t *testing.T, h *Host) string {
 	n, err := h.Network()
 	must(t, err)
 	return n
-}
-
-// difference lists the lines that went and came.
-func difference(before, after string) string {
-	count := map[string]int{}
-	for line := range strings.Lines(before) {
-		count[line]--
-	}
-	for line := range strings.Lines(after) {
-		count[line]++
-	}
-	var b strings.Builder
-	for line, n := range count {
-		if n < 0 {
-			b.WriteString("- " + line)
-		} else if n > 0 {
-			b.WriteString("+ " + line)
-		}
-	}
-	return b.String()
 }
 
 func TestARemovedDeviceStopsOnlyItsUplink(t *testing.T) {

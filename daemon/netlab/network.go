@@ -3,6 +3,7 @@ package netlab
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
@@ -40,6 +41,26 @@ func (h *Host) Network() (string, error) {
 		return "", err
 	}
 	return strings.Join(lines, "\n") + "\n", nil
+}
+
+// Difference lists the lines of Network that went, with a minus, and came.
+func Difference(before, after string) string {
+	count := map[string]int{}
+	for line := range strings.Lines(before) {
+		count[line]--
+	}
+	for line := range strings.Lines(after) {
+		count[line]++
+	}
+	var b strings.Builder
+	for _, line := range slices.Sorted(maps.Keys(count)) {
+		if n := count[line]; n < 0 {
+			b.WriteString("- " + line)
+		} else if n > 0 {
+			b.WriteString("+ " + line)
+		}
+	}
+	return b.String()
 }
 
 func readLinks() ([]string, error) {

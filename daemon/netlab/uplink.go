@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"sync/atomic"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -18,17 +19,23 @@ type Uplink struct {
 	routerTAP, coreTAP   int   // file descriptors, -1 if unshaped
 	upstream, downstream *line // from and to the router, nil if unshaped
 	routerMAC, coreMAC   net.HardwareAddr
-	down                 bool // by Link
+	down                 bool          // by Link
+	host                 atomic.Uint32 // part of the router's addresses, by SetAddress
 }
+
+// FirstHost is the host part of the router's addresses on every uplink of a new lab.
+const FirstHost = 2
 
 // Interface is the router's interface, such as wan1.
 func (u *Uplink) Interface() string { return fmt.Sprintf("wan%d", u.Number) }
 
 // Address is the router's, such as 10.1.0.2, with prefix length 24.
-func (u *Uplink) Address() string { return fmt.Sprintf("10.%d.0.2", u.Number) }
+func (u *Uplink) Address() string { return fmt.Sprintf("10.%d.0.%d", u.Number, u.host.Load()) }
 
 // Address6 is the router's, such as 2001:db8:1::2, with prefix length 64.
-func (u *Uplink) Address6() string { return fmt.Sprintf("2001:db8:%d::2", u.Number) }
+func (u *Uplink) Address6() string {
+	return fmt.Sprintf("2001:db8:%d::%x", u.Number, u.host.Load())
+}
 
 // Gateway is the core's address, such as 10.1.0.1.
 func (u *Uplink) Gateway() string { return fmt.Sprintf("10.%d.0.1", u.Number) }
@@ -144,6 +151,67 @@ func (u *Uplink) Link(up bool) error {
 		return err
 	}
 	return u.noticeCarrier()
+}
+
+// SetAddress gives the router the addresses 10.<number>.0.<host> and
+// 2001:db8:<number>::<host> in place of those it has there, 2 ≤ host ≤ 254, as a
+// provider does. With the old addresses go the routes that need them; the lab's
+// come back with the new ones, at once or when the link is set up again.
+func (u *Uplink) SetAddress(host int) error {
+	if host < FirstHost || host > 254 {
+		return fmt.Errorf("netlab: %s: host part %d of its addresses: give %d to 254", u.Interface(), host, FirstHost)
+	}
+	u.lab.mu.Lock()
+	defer u.lab.mu.Unlock()
+	if uint32(host) == u.host.Load() {
+		return nil
+	}
+	for _, address := range []string{u.Address() + "/24", u.Address6() + "/64"} {
+		if err := u.lab.Router.removeAddress(u.Interface(), address); err != nil {
+			return err
+		}
+	}
+	if u.routerMAC != nil {
+		for _, address := range []string{u.Address(), u.Address6()} {
+			if err := u.lab.Core.removeNeighbor(u.coreInterface(), address); err != nil {
+				return err
+			}
+		}
+	}
+	u.host.Store(uint32(host))
+	return u.configure()
+}
+
+// removeAddress tolerates an address that is gone: the kernel forgets those of
+// IPv6 with the link.
+func (h *Host) removeAddress(name, text string) error {
+	return h.Do(func() error {
+		link, err := netlink.LinkByName(name)
+		if err == nil {
+			var address *netlink.Addr
+			if address, err = netlink.ParseAddr(text); err == nil {
+				err = netlink.AddrDel(link, address)
+			}
+		}
+		if err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
+			return fmt.Errorf("netlab: host %s: %s: remove the address %s: %w", h.Name, name, text, err)
+		}
+		return nil
+	})
+}
+
+// removeNeighbor tolerates a neighbor that is gone with its link.
+func (h *Host) removeNeighbor(name, address string) error {
+	return h.Do(func() error {
+		link, err := netlink.LinkByName(name)
+		if err == nil {
+			err = netlink.NeighDel(&netlink.Neigh{LinkIndex: link.Attrs().Index, IP: net.ParseIP(address)})
+		}
+		if err != nil && !errors.Is(err, unix.ENOENT) {
+			return fmt.Errorf("netlab: host %s: %s: remove the neighbor %s: %w", h.Name, name, address, err)
+		}
+		return nil
+	})
 }
 
 // Carrier pulls the cable of the router's interface, or plugs it in again. The

@@ -233,6 +233,37 @@ func (d *Deployment) Stop() error {
 	return errors.Join(errs...)
 }
 
+// Network is what the kernels of both machines hold that a daemon could leave
+// behind; see netlab.Host.Network.
+func Network(lab *netlab.Lab) (string, error) {
+	var text strings.Builder
+	for _, h := range []*netlab.Host{lab.Router, lab.Cloud} {
+		lines, err := network(h)
+		if err != nil {
+			return "", err
+		}
+		for line := range strings.Lines(lines) {
+			fmt.Fprintf(&text, "%s: %s", h.Name, line)
+		}
+	}
+	return text.String(), nil
+}
+
+// network is one Host's, without the limits of MPTCP: sheafd leaves them raised.
+func network(h *netlab.Host) (string, error) {
+	text, err := h.Network()
+	if err != nil {
+		return "", err
+	}
+	var lines []string
+	for line := range strings.Lines(text) {
+		if !strings.HasPrefix(line, "mptcp limit") || h.Name != "router" {
+			lines = append(lines, line)
+		}
+	}
+	return strings.Join(lines, ""), nil
+}
+
 func (d *Deployment) start(h *netlab.Host, name string, arguments []string) (*netlab.Process, error) {
 	c := h.Command(filepath.Join(d.Binaries, name), arguments...)
 	c.Stderr, c.Stdout = d.Log, d.Log

@@ -96,7 +96,7 @@ func newWorld(t *testing.T) *world {
 		w.must(w.Stop())
 		for _, h := range []*netlab.Host{lab.Router, lab.Cloud} {
 			if after := w.network(h); after != w.before[h.Name] {
-				t.Errorf("%s is not as it was before; before:\n%s\nafter:\n%s", h.Name, w.before[h.Name], after)
+				t.Errorf("%s is not as it was before:\n%s", h.Name, netlab.Difference(w.before[h.Name], after))
 			}
 		}
 		w.must(lab.Close())
@@ -107,21 +107,12 @@ func newWorld(t *testing.T) *world {
 	return w
 }
 
-// network is what a host's kernel holds, without what a path manager's limits
-// may keep (sheafd leaves them raised).
+// network is what a host's kernel holds.
 func (w *world) network(h *netlab.Host) string {
 	w.t.Helper()
-	text, err := h.Network()
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	var lines []string
-	for line := range strings.Lines(text) {
-		if !strings.HasPrefix(line, "mptcp limit") || h != w.Lab.Router {
-			lines = append(lines, line)
-		}
-	}
-	return strings.Join(lines, "")
+	text, err := network(h)
+	w.need(err)
+	return text
 }
 
 func (w *world) must(err error) {
