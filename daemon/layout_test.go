@@ -30,7 +30,7 @@ var law = map[string][]string{
 	"daemon/control/kernel":     {"sheaf/daemon/control/desired"},
 	"daemon/control/reconcile":  {"sheaf/daemon/control/desired"},
 	"daemon/netlab":             {},
-	"daemon/netlab/deploy":      {"sheaf/daemon/netlab", "sheaf/webui"},
+	"daemon/netlab/deploy":      {"sheaf/daemon/control/settings", "sheaf/daemon/netlab", "sheaf/webui"},
 	"webui":                     {"sheaf/daemon/control/settings"},
 }
 

@@ -7,6 +7,7 @@ import (
 	"os"
 	"sync"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -123,12 +124,15 @@ func (s *socket) read(from, limit int) (b *buffer, n int, err error) {
 }
 
 // readShort is read for a source whose end should travel with its last bytes:
-// having read less than limit, it looks once more, and also says whether the
-// end has been seen.
-func (s *socket) readShort(from, limit int) (b *buffer, n int, end bool, err error) {
+// having read less than limit, it looks once more, after a while, and also says
+// whether the end has been seen.
+func (s *socket) readShort(from, limit int, after time.Duration) (b *buffer, n int, end bool, err error) {
 	b, n, err = s.read(from, limit)
 	if err != nil || n == limit {
 		return b, n, false, err
+	}
+	if after > 0 {
+		time.Sleep(after)
 	}
 	controlErr := s.raw.Control(func(fd uintptr) {
 		more, err := unix.Read(int(fd), b.data[from+n:from+limit])

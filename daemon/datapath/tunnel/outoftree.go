@@ -71,20 +71,22 @@ func ListenConfig() *net.ListenConfig {
 	return config
 }
 
-// control makes sockets of v0.9x ask for MPTCP, or out of it; elsewhere it is
-// nil. A refusal is no failure: the connection is plain TCP then, as newSession
-// finds out.
+// control makes sockets of sessions ready, and those of v0.9x ask for MPTCP, or
+// out of it. A refusal is no failure: the connection is plain TCP then, as
+// newSession finds out.
 func control(multipath bool) func(network, address string, raw syscall.RawConn) error {
 	kernel := outOfTreeKernel()
-	if kernel == nil {
-		return nil
-	}
 	value := 0
 	if multipath {
 		value = 1
 	}
 	return func(_, _ string, raw syscall.RawConn) error {
-		return raw.Control(func(fd uintptr) { _ = kernel.Set(int(fd), outOfTreeEnabled, value) })
+		return raw.Control(func(fd uintptr) {
+			tune(int(fd))
+			if kernel != nil {
+				_ = kernel.Set(int(fd), outOfTreeEnabled, value)
+			}
+		})
 	}
 }
 

@@ -63,6 +63,7 @@ type Session struct {
 	calm *calm
 	// Only the goroutine that sends a flow uses these.
 	calmed bool // which one it is
+	paced  bool // its subflows send no bursts
 	window window
 
 	writing sync.Mutex // held while records are written, and guards a flow's sent marks
@@ -83,9 +84,6 @@ type Session struct {
 func newSession(conn *net.TCPConn) (*Session, error) {
 	w, err := newWire(conn)
 	if err != nil {
-		return nil, err
-	}
-	if err := w.tune(); err != nil {
 		return nil, err
 	}
 	multipath, err := conn.MultipathTCP()

@@ -320,7 +320,7 @@ func TestResetRightBehindData(t *testing.T) {
 		_ = client.SetLinger(0)
 		_ = client.Close()
 		for {
-			b, n, end, err := s.readShort(headroom, recordPayload)
+			b, n, end, err := s.readShort(headroom, recordPayload, 0)
 			if b != nil {
 				b.release()
 			}

@@ -28,6 +28,9 @@ const (
 	leastWindow = 512 << 10
 	// mostWindow, in bytes, is enough for 1 Gbit/s at 150 ms.
 	mostWindow = 64 << 20
+	// windowAfter, in bytes, is how much a flow sends before it says anything about
+	// rates: the subflows' windows are still opening.
+	windowAfter = 2 << 20
 	// windowEvery is how often a session that sends looks.
 	windowEvery = 50 * time.Millisecond
 	// A rate that was reached counts for less each time: senders pause.

@@ -45,8 +45,8 @@ func newWire(conn *net.TCPConn) (*wire, error) {
 
 // The settings of a session's socket.
 const (
-	// congestionControl does not pace: what bbr has learnt from small flows makes
-	// it send the next one slowly. It is the default of stock kernels.
+	// congestionControl is the default of stock kernels. What bbr has learnt from
+	// small flows makes it send the next one slowly.
 	congestionControl = "cubic"
 	// receiveBuffer, in bytes, is from the first moment what autotuning reaches
 	// after the first second: at 100 Mbit/s the whole of a download gains 1 %.
@@ -54,15 +54,14 @@ const (
 	receiveBuffer = 4 << 20
 )
 
-// tune sets the socket's options, as far as we may. Its subflows inherit them.
-func (w *wire) tune() error {
-	return w.raw.Control(func(fd uintptr) {
-		// A kernel without cubic keeps its default.
-		_ = unix.SetsockoptString(int(fd), unix.IPPROTO_TCP, unix.TCP_CONGESTION, congestionControl)
-		// Without CAP_NET_ADMIN autotuning stays: SO_RCVBUF instead would fix the
-		// buffer at net.core.rmem_max, which is 208 kB on stock kernels.
-		_ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, receiveBuffer)
-	})
+// tune sets the options of a socket for sessions, as far as we may, before it is
+// connected or listens: what it begins with its subflows begin with.
+func tune(fd int) {
+	// A kernel without cubic keeps its default.
+	_ = unix.SetsockoptString(fd, unix.IPPROTO_TCP, unix.TCP_CONGESTION, congestionControl)
+	// Without CAP_NET_ADMIN autotuning stays: SO_RCVBUF instead would fix the
+	// buffer at net.core.rmem_max, which is 208 kB on stock kernels.
+	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, receiveBuffer)
 }
 
 // fill waits until there is ciphertext to be decrypted.
