@@ -258,7 +258,7 @@ func describeMultipath(want settings.Multipath, info kernel.Info, held desired.S
 	m.Kernel.SYNRetries, _ = strconv.Atoi(info.Sysctls["syn_retrans_before_tcp_fallback"])
 	userspace, offersUserspace := info.Sysctls["pm_type"]
 	for _, p := range settings.PathManagers {
-		if offersUserspace || !p.Userspace() {
+		if offersUserspace || p == settings.PathManagerDefault || !p.Userspace() {
 			m.AvailablePathManagers = append(m.AvailablePathManagers, string(p))
 		}
 	}
@@ -271,7 +271,7 @@ func kernelPathManager(want settings.PathManager, userspace bool, held *desired.
 	endpoints := held != nil && len(held.Endpoints) > 0
 	switch {
 	case userspace && want.Userspace():
-		return want // which of the two only the daemon knows
+		return want // which of these only the daemon knows
 	case userspace || want == settings.PathManagerNetlink && !endpoints:
 		return settings.PathManagerNetlink
 	case endpoints && held.Limits.Subflows > 0:

@@ -278,13 +278,13 @@ func defaultRoute(table, window int, status uplink.Status, place int) []Route {
 // not off, for the connections whose paths the kernel manages.
 //
 // Those that were opened while the daemon managed paths itself (path managers
-// ndiffports and binder) have no part in it, and those that were opened before
-// keep what they have; with ndiffports, all but the best uplink become backups.
-// One subflow only (default), and no MPTCP at all, concern connections yet to
-// come, as they do in MPTCP v0.95. The limit and the switch say so to the kernel;
-// the endpoints stay, because deleting them all takes every subflow from the
-// connections that live, and these then die. For that reason, too, endpoints are
-// left to another program (netlink) only once no flow is open.
+// default, ndiffports and binder) have no part in it, and those that were opened
+// before keep what they have; where one uplink is to carry, all but the best become
+// backups. The limit stays, too: a connection whose subflows are all gone, and that
+// could not have others for a while, is never given any again (6.18). No MPTCP at
+// all concerns connections yet to come, as it does in MPTCP v0.95. Deleting all
+// endpoints takes every subflow from the connections that live, and these then
+// die: they are left to another program (netlink) only once no flow is open.
 func compileMPTCP(s settings.Settings, best bestUplinks, t Tunnel) *MPTCP {
 	m := &MPTCP{
 		Sysctls: map[string]string{
@@ -305,9 +305,7 @@ func compileMPTCP(s settings.Settings, best bestUplinks, t Tunnel) *MPTCP {
 		}
 	default:
 		m.Sysctls[sysctlPMType] = onOff(manager.Userspace())
-		if manager != settings.PathManagerDefault {
-			m.Limits.Subflows = MaxEndpoints
-		}
+		m.Limits.Subflows = MaxEndpoints
 	}
 	// In the order of what is missed most when there is no room for all.
 	for _, ipv6 := range []bool{false, true} {
@@ -317,7 +315,7 @@ func compileMPTCP(s settings.Settings, best bestUplinks, t Tunnel) *MPTCP {
 				continue
 			}
 			e := Endpoint{Address: way.Source, Interface: way.Interface, Flags: FlagSubflow}
-			if way.Backup || manager == settings.PathManagerNdiffports && way.Uplink != first.Name {
+			if way.Backup || manager.OneUplink() && way.Uplink != first.Name {
 				e.Flags |= FlagBackup
 			}
 			switch same := func(o Endpoint) bool { return o.Address == e.Address }; {

@@ -120,10 +120,10 @@ func (c SetSubflowBackup) String() string {
 }
 
 // DiffSubflows says how one session comes to the subflows that it should have:
-// with ndiffports as many as the settings say, over one uplink and from as many
-// ports; with binder and fullmesh one over every way. With default it keeps what
-// it has, and with netlink nothing is ours to change. mayOpen says over which ways
-// opening may be tried now.
+// with default one; with ndiffports as many as the settings say, over one uplink
+// and from as many ports; with binder and fullmesh one over every way. With
+// netlink nothing is ours to change. mayOpen says over which ways opening may be
+// tried now.
 //
 // What is not wanted goes once something else carries, or when nothing is about
 // to.
@@ -192,7 +192,7 @@ func wantedOn(m settings.Multipath, ways []Way, on [][]Subflow) []int {
 		return wanted
 	}
 	switch m.PathManager {
-	case settings.PathManagerNdiffports:
+	case settings.PathManagerDefault, settings.PathManagerNdiffports:
 		// A session stays where it is, as long as it may.
 		best := 0
 		for i, way := range ways {
@@ -200,15 +200,9 @@ func wantedOn(m settings.Multipath, ways []Way, on [][]Subflow) []int {
 				best = i
 			}
 		}
-		wanted[best] = m.Subflows
-	case settings.PathManagerDefault:
-		some := false
-		for i := range ways {
-			wanted[i] = len(on[i])
-			some = some || wanted[i] > 0
-		}
-		if !some {
-			wanted[0] = 1
+		wanted[best] = 1
+		if m.PathManager == settings.PathManagerNdiffports {
+			wanted[best] = m.Subflows
 		}
 	default:
 		for i := range ways {

@@ -127,7 +127,7 @@ type PathManager string
 
 // The path managers.
 const (
-	PathManagerDefault    PathManager = "default"    // one subflow
+	PathManagerDefault    PathManager = "default"    // one subflow, over the best uplink
 	PathManagerFullmesh   PathManager = "fullmesh"   // one subflow from every uplink, by the kernel
 	PathManagerNdiffports PathManager = "ndiffports" // several subflows over the best uplink, from different ports
 	PathManagerBinder     PathManager = "binder"     // one subflow through every gateway, by the daemon
@@ -140,8 +140,11 @@ var PathManagers = []PathManager{PathManagerDefault, PathManagerFullmesh, PathMa
 // Userspace says whether the daemon opens the subflows of its sessions itself,
 // instead of leaving that to the kernel.
 func (p PathManager) Userspace() bool {
-	return p == PathManagerNdiffports || p == PathManagerBinder
+	return p == PathManagerDefault || p == PathManagerNdiffports || p == PathManagerBinder
 }
+
+// OneUplink says whether a session uses one uplink at a time.
+func (p PathManager) OneUplink() bool { return p == PathManagerDefault || p == PathManagerNdiffports }
 
 // Fallback is what happens to LAN traffic while the tunnel is down.
 type Fallback string
