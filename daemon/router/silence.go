@@ -163,6 +163,7 @@ func (r *Router) drop(ctx context.Context, names []string) {
 	if err := r.kernel.Apply(ctx, changes); err != nil {
 		r.log.Warn("silent uplinks keep their endpoints for now", "uplinks", names, "error", err)
 	}
+	r.loop.Did(changes)
 }
 
 // supervise follows each look at the carriers.

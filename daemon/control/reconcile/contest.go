@@ -77,7 +77,6 @@ func (c contest) made(want *desired.MPTCP, changes []desired.Change, now time.Ti
 	if want == nil {
 		return
 	}
-	// What was so already is ours as well from now on.
 	var all []desired.Change
 	for _, e := range want.Endpoints {
 		all = append(all, desired.AddEndpoint{Endpoint: e})
@@ -85,16 +84,26 @@ func (c contest) made(want *desired.MPTCP, changes []desired.Change, now time.Ti
 	for name, value := range want.Sysctls {
 		all = append(all, desired.SetSysctl{Path: desired.MPTCPSysctls + name, Value: value})
 	}
+	wanted := map[string]bool{}
 	for _, change := range all {
-		if subject, value := subjectOf(change); c[subject].value != value {
+		subject, value := subjectOf(change)
+		wanted[subject] = true
+		if c[subject].value != value { // it was so already, and is ours from now on
 			c[subject] = contested{value: value}
+		}
+	}
+	for subject := range c {
+		if strings.HasPrefix(subject, endpointSubject) && !wanted[subject] {
+			delete(c, subject)
 		}
 	}
 }
 
+const endpointSubject = "endpoint "
+
 // subjectOf says what of MPTCP a change sets, and to what; empty for others.
 func subjectOf(change desired.Change) (subject, value string) {
-	of := func(e desired.Endpoint) string { return "endpoint " + e.Address.String() }
+	of := func(e desired.Endpoint) string { return endpointSubject + e.Address.String() }
 	as := func(e desired.Endpoint) string { return fmt.Sprintf("%d %d", e.Interface.Index, e.Flags) }
 	switch c := change.(type) {
 	case desired.AddEndpoint:

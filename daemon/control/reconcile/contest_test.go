@@ -59,6 +59,35 @@ func TestContest(t *testing.T) {
 	}
 }
 
+// TestWhatWeDidOurselves: endpoints that come and go because we want it so, also
+// when that is done beside the loop, are nobody's conflict.
+func TestWhatWeDidOurselves(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := desired.Endpoint{Address: netip.MustParseAddr("10.1.0.2"), Interface: desired.Interface{Index: 3, Name: "wan1"}, Flags: desired.FlagSubflow}
+		with := desired.State{MPTCP: &desired.MPTCP{Endpoints: []desired.Endpoint{e}}}
+		without := desired.State{MPTCP: &desired.MPTCP{}}
+		taking := []desired.Change{desired.DeleteEndpoint{Endpoint: e}}
+		r := start(t, with, with)
+		r.after(settle, 1)
+		for range 5 { // a pass in between
+			r.want.Store(&without)
+			_ = r.kernel.Apply(t.Context(), taking)
+			r.after(time.Second, 1, taking[0].String())
+			r.want.Store(&with)
+			r.loop.Poke()
+			r.after(time.Second, 2, desired.AddEndpoint{Endpoint: e}.String())
+		}
+		for range 5 { // and none
+			_ = r.kernel.Apply(t.Context(), taking)
+			r.loop.Did(taking)
+			r.after(time.Second, 2, taking[0].String(), desired.AddEndpoint{Endpoint: e}.String())
+		}
+		if p := r.last.Load(); len(p.Problems) > 0 {
+			t.Errorf("the pass reported %+v", p)
+		}
+	})
+}
+
 // TestConflictIsReported: the loop leaves what is contested, and says so.
 func TestConflictIsReported(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

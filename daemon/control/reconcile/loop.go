@@ -202,6 +202,15 @@ func (l *Loop) Once(ctx context.Context) ([]desired.Change, error) {
 	return p.Changes, p.Err
 }
 
+// Did tells of changes that were made beside the loop, so that they are not taken
+// for another program's.
+func (l *Loop) Did(changes []desired.Change) {
+	l.init()
+	l.passing.Lock()
+	defer l.passing.Unlock()
+	l.contest.made(nil, changes, time.Now())
+}
+
 func (l *Loop) pass(ctx context.Context) (p Pass) {
 	l.passing.Lock()
 	defer l.passing.Unlock()
