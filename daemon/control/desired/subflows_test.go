@@ -92,7 +92,7 @@ func TestDiffSubflows(t *testing.T) {
 			"close 10.1.0.2:1001"},
 
 		{"fullmesh is as binder", "fullmesh", two, "10.1.0.2:1001#0, 10.1.0.2:1002#6", opens("lte", "10.2.0.2", id2) + "\nclose 10.1.0.2:1002"},
-		{"default keeps what there is", "default", two, "10.1.0.2:1001#0, 10.1.0.2:1002#6, 10.2.0.2:1003#59", ""},
+		{"default keeps one", "default", two, "10.1.0.2:1001#0, 10.1.0.2:1002#6, 10.2.0.2:1003#59", "close 10.1.0.2:1002\nclose 10.2.0.2:1003"},
 		{"default opens one when there is none", "default", two, "", opens("dsl", "10.1.0.2", id1)},
 		{"default leaves what is gone", "default", "lte 10.2.0.2", "10.1.0.2:1001#0, 10.2.0.2:1003#59", "close 10.1.0.2:1001 and remove id 0"},
 		{"disabled is as default", "disabled", two, "10.1.0.2:1001#0", ""},
