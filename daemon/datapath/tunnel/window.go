@@ -6,8 +6,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The path of a decision: what the subflows deliver and how long they take ─▶
-// window.look ─▶ how many bytes a session may have under way ─▶ SO_SNDBUF.
+// The path of two decisions: what the subflows deliver, lose and how long they take ─▶
+// capacity ─┬▶ window.size ─▶ how many bytes a session may have under way ─▶ SO_SNDBUF
+//
+//	└▶ losses.look ─▶ whether an uplink loses packets ─▶ calm: the congestion control
 //
 // When a subflow dies, the kernel sends everything again from the oldest byte that
 // is not acknowledged, behind what the other subflows have in their queues. Both
@@ -44,17 +46,62 @@ type window struct {
 	looked time.Time
 	rate   float64 // bytes per second, of all subflows
 	bytes  int     // as it was set; 0: the kernel's own
+	losses losses
 }
 
 // capacity is what one look at the subflows finds.
 type capacity struct {
-	rate float64       // bytes per second, of all
-	rtt  time.Duration // the least of the slowest
+	rate  float64       // bytes per second, of all
+	rtt   time.Duration // the least of the slowest
+	lanes []lane
+}
+
+// lane is what one subflow has sent, in segments, and whether its uplink's queue is
+// short.
+type lane struct {
+	sent, again uint32
+	short       bool
 }
 
 func (c *capacity) add(info *unix.TCPInfo) {
 	c.rate += float64(info.Delivery_rate)
 	c.rtt = max(c.rtt, time.Duration(info.Min_rtt)*time.Microsecond)
+	const slack = 5000 // microseconds
+	c.lanes = append(c.lanes, lane{info.Data_segs_out, info.Total_retrans, info.Rtt <= info.Min_rtt+info.Min_rtt/3+slack})
+}
+
+const (
+	// An uplink loses packets when lossyShare of at least lossySegments were sent
+	// again while its queue was short: what a full queue drops is congestion.
+	lossyShare    = 0.003
+	lossySegments = 400
+	// lossesForgotten is after how many segments the counts are halved.
+	lossesForgotten = 4 * lossySegments
+)
+
+// losses count what was sent again though no queue was long.
+type losses struct {
+	before      []lane
+	sent, again float64
+}
+
+// look takes a look's finding, and says whether an uplink loses packets.
+func (l *losses) look(lanes []lane) bool {
+	if len(lanes) == len(l.before) { // else one has come or gone, and they do not say which
+		for i, now := range lanes {
+			before := l.before[i]
+			if now.short && before.short && now.sent >= before.sent && now.again >= before.again {
+				l.sent += float64(now.sent - before.sent)
+				l.again += float64(now.again - before.again)
+			}
+		}
+	}
+	l.before = lanes
+	lossy := l.sent >= lossySegments && l.again >= lossyShare*l.sent
+	if l.sent > lossesForgotten {
+		l.sent, l.again = l.sent/2, l.again/2
+	}
+	return lossy
 }
 
 // size takes a look's finding. It says what the window is to be, and whether that
@@ -81,6 +128,9 @@ func (s *Session) keepWindow(now time.Time) {
 	c, err := s.wire.capacity(s.multipath)
 	if err != nil || c.rtt == 0 {
 		return
+	}
+	if s.window.losses.look(c.lanes) {
+		s.calm.noteLoss(now)
 	}
 	if bytes, set := s.window.size(c); set {
 		s.wire.setSendBuffer(bytes)

@@ -9,7 +9,7 @@ import (
 
 func TestWindowSize(t *testing.T) {
 	const mbit = 1e6 / 8
-	at := func(rate float64, rtt time.Duration) capacity { return capacity{rate * mbit, rtt} }
+	at := func(rate float64, rtt time.Duration) capacity { return capacity{rate: rate * mbit, rtt: rtt} }
 	repeat := func(c capacity, n int) (list []capacity) {
 		for range n {
 			list = append(list, c)
@@ -44,6 +44,54 @@ func TestWindowSize(t *testing.T) {
 			}
 			if g := strings.Join(got, " "); g != test.want {
 				t.Errorf("set %s, want %s", g, test.want)
+			}
+		})
+	}
+}
+
+func TestLosses(t *testing.T) {
+	// Each look adds to what two subflows have sent and sent again.
+	type step struct {
+		sent, again [2]uint32
+		short       [2]bool
+	}
+	both := [2]bool{true, true}
+	times := func(n int, s step) (list []step) {
+		for range n {
+			list = append(list, s)
+		}
+		return list
+	}
+	for _, test := range []struct {
+		name  string
+		steps []step
+		want  bool
+	}{
+		{"nothing is lost", times(50, step{[2]uint32{100, 100}, [2]uint32{}, both}), false},
+		{"one in a hundred of one", times(10, step{[2]uint32{100, 100}, [2]uint32{0, 1}, both}), true},
+		{"hardly any", times(50, step{[2]uint32{1000, 1000}, [2]uint32{0, 1}, both}), false},
+		{"too few to say", times(3, step{[2]uint32{50, 50}, [2]uint32{0, 2}, both}), false},
+		{"a full queue drops", times(50, step{[2]uint32{100, 100}, [2]uint32{0, 5}, [2]bool{true, false}}), false},
+		{"it was so long ago", append(times(10, step{[2]uint32{100, 100}, [2]uint32{0, 1}, both}),
+			times(60, step{[2]uint32{100, 100}, [2]uint32{}, both})...), false},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			var l losses
+			var now [2]lane
+			got := l.look(nil)
+			for _, s := range test.steps {
+				for i := range now {
+					now[i].sent += s.sent[i]
+					now[i].again += s.again[i]
+					now[i].short = s.short[i]
+				}
+				got = l.look([]lane{now[0], now[1]})
+			}
+			if got != test.want {
+				t.Errorf("lossy %v, want %v", got, test.want)
+			}
+			if got = l.look([]lane{now[0]}); len(l.before) != 1 {
+				t.Errorf("%d subflows remembered after one has gone", len(l.before))
 			}
 		})
 	}
