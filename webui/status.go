@@ -87,6 +87,9 @@ type PacketStatus struct {
 	Drops map[string]uint64 `json:"drops"`
 	// TUNRestarts counts how often the TUN device was made anew.
 	TUNRestarts uint64 `json:"tun_restarts"`
+	// StreamSessions counts the MPTCP sessions that stand by for uplinks that let no
+	// UDP through, beside those of concentrator.sessions.
+	StreamSessions int `json:"stream_sessions"`
 }
 
 // ForwardStatus is one port forward of the settings.

@@ -42,6 +42,9 @@ func (r *Router) describePackets(uplinks []webui.UplinkStatus, s settings.Settin
 	if p.inner.Address6.IsValid() {
 		status.Address6 = p.inner.Address6.String()
 	}
+	if c := p.carriers[""]; c != nil && c.link != nil {
+		status.StreamSessions = streamSessions
+	}
 	streamFit := false
 	for _, l := range stats.Links {
 		streamFit = streamFit || l.Kind == bond.Stream && l.Fit

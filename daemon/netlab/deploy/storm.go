@@ -552,7 +552,8 @@ func atEnd(from io.Reader) error {
 
 // leftOver says what is not as before the storm: the networks of both machines,
 // and subflows of sessions that are no more. Every connection between the
-// machines has to be a subflow of a session in the router's status.
+// machines has to be a subflow of a session in the router's status, those that
+// stand by for packets included.
 func (r *stormRun) leftOver(before string) error {
 	after, err := Network(r.Lab)
 	if err != nil {
@@ -575,6 +576,7 @@ func (r *stormRun) leftOver(before string) error {
 		}
 		subflows += u.Subflows
 	}
+	subflows += status.Packets.StreamSessions * len(status.Uplinks)
 	r.result.Closing = 0
 	for _, h := range []*netlab.Host{r.Lab.Router, r.Lab.Cloud} {
 		open, closing, err := tunnelSockets(h)
@@ -586,8 +588,8 @@ func (r *stormRun) leftOver(before string) error {
 			total += n
 		}
 		if total != subflows {
-			return fmt.Errorf("the %d sessions have %d subflows, and %s has %d TCP sockets of the tunnel, by the router's address %v",
-				status.Concentrator.Sessions, subflows, h.Name, total, open)
+			return fmt.Errorf("the %d sessions, and %d for packets, have %d subflows, and %s has %d TCP sockets of the tunnel, by the router's address %v",
+				status.Concentrator.Sessions, status.Packets.StreamSessions, subflows, h.Name, total, open)
 		}
 		r.result.Closing += closing
 	}
