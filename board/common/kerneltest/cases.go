@@ -107,14 +107,26 @@ func offered() (string, error) {
 		if err := l.set("net/mptcp/scheduler", name); err != nil {
 			return "", err
 		}
-		if now, err := l.get("net/mptcp/scheduler"); err != nil || now != name {
-			return "", fmt.Errorf("scheduler is %q after %s was chosen (%v)", now, name, err)
+		now, err := l.get("net/mptcp/scheduler")
+		if err != nil {
+			return "", err
+		}
+		if now != name {
+			return "", fmt.Errorf("scheduler is %q after %s was chosen", now, name)
 		}
 	}
-	if err := l.set("net/mptcp/scheduler", "blest"); !errors.Is(err, os.ErrNotExist) {
-		return "", fmt.Errorf("choosing a scheduler that is not there gave %v, and not ENOENT", err)
+	return list, refused("a scheduler that is not there", l.set("net/mptcp/scheduler", "blest"), unix.ENOENT)
+}
+
+// refused wants that something failed, in a certain way.
+func refused(what string, err, want error) error {
+	switch {
+	case err == nil:
+		return fmt.Errorf("%s was not refused; want %w", what, want)
+	case !errors.Is(err, want):
+		return fmt.Errorf("%s gave %w; want %w", what, err, want)
 	}
-	return list, nil
+	return nil
 }
 
 // on makes a proof of f, with a connection over a fresh lab that runs a scheduler.
@@ -273,8 +285,8 @@ func backup(scheduler string) proof {
 // ownScheduler changes the scheduler of one end of one connection, between
 // transfers and in one.
 func ownScheduler(_ *lab, c *connection) (string, error) {
-	if name, err := schedulerOf(c.far); err != nil || name != "default" {
-		return "", fmt.Errorf("the connection's scheduler is %q and not default (%v)", name, err)
+	if err := runs(c.far, "default"); err != nil {
+		return "", err
 	}
 	if err := errors.Join(setScheduler(c.far, "weighted"), rank(c.far, 0, 1, 0), rank(c.far, 1, 4, 0)); err != nil {
 		return "", err
@@ -286,8 +298,8 @@ func ownScheduler(_ *lab, c *connection) (string, error) {
 	if err := setScheduler(c.far, "redundant"); err != nil {
 		return "", err
 	}
-	if name, err := schedulerOf(c.far); err != nil || name != "redundant" {
-		return "", fmt.Errorf("the connection's scheduler is %q and not redundant (%v)", name, err)
+	if err := runs(c.far, "redundant"); err != nil {
+		return "", err
 	}
 	copies, err := judge(c.far, c.near, everything)
 	if err != nil {
@@ -317,18 +329,27 @@ func ownScheduler(_ *lab, c *connection) (string, error) {
 	return weighted + "; then " + copies + "; then " + t.String(), nil
 }
 
-// nonsense sets what cannot be.
+// runs wants an end of a connection to have a scheduler.
+func runs(end *net.TCPConn, want string) error {
+	name, err := schedulerOf(end)
+	if err != nil {
+		return err
+	}
+	if name != want {
+		return fmt.Errorf("the connection's scheduler is %q; want %s", name, want)
+	}
+	return nil
+}
+
+// nonsense sets what cannot be, and then what can.
 func nonsense(_ *lab, c *connection) (string, error) {
-	if err := setScheduler(c.near, "blest"); !errors.Is(err, unix.ENOENT) {
-		return "", fmt.Errorf("a scheduler that is not there gave %v, and not ENOENT", err)
-	}
-	if err := setRank(c.near, subflowRank{id: 77, weight: 1}); !errors.Is(err, unix.ENOENT) {
-		return "", fmt.Errorf("the rank of a subflow that is not there gave %v, and not ENOENT", err)
-	}
-	if err := setOption(c.near, optSubflowRank, []byte{1, 2, 3}); !errors.Is(err, unix.EINVAL) {
-		return "", fmt.Errorf("a rank of three bytes gave %v, and not EINVAL", err)
-	}
-	if err := errors.Join(rank(c.near, 1, 7, 9)); err != nil {
+	err := errors.Join(
+		refused("a scheduler that is not there", setScheduler(c.near, "blest"), unix.ENOENT),
+		refused("the rank of a subflow that is not there", setRank(c.near, subflowRank{id: 77, weight: 1}), unix.ENOENT),
+		refused("a rank of three bytes", setOption(c.near, optSubflowRank, []byte{1, 2, 3}), unix.EINVAL),
+		rank(c.near, 1, 7, 9),
+	)
+	if err != nil {
 		return "", err
 	}
 	ranks, err := ranksOf(c.near)
@@ -338,5 +359,5 @@ func nonsense(_ *lab, c *connection) (string, error) {
 	if len(ranks) != 2 || ranks[0].weight != 0 || ranks[1].weight != 7 || ranks[1].preference != 9 {
 		return "", fmt.Errorf("the ranks read back are %v", ranks)
 	}
-	return fmt.Sprint(ranks), nil
+	return fmt.Sprintf("and ranks read back as {id weight preference} %v", ranks), nil
 }

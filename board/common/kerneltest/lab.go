@@ -218,7 +218,7 @@ func (l *lab) endpoint(flags uint32) error {
 		if err != nil {
 			return err
 		}
-		defer conn.Close()
+		defer func() { _ = conn.Close() }()
 		family, err := conn.GetFamily("mptcp_pm")
 		if err != nil {
 			return err
