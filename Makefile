@@ -16,7 +16,7 @@ GO_FILES := $(shell git ls-files --cached --others --exclude-standard '*.go' go.
 
 .PHONY: help
 help: ## what there is
-	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name what; do printf 'make %-7s %s\n' "$$name" "$$what"; done
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name what; do printf 'make %-11s %s\n' "$$name" "$$what"; done
 
 .PHONY: build
 build: $(BIN)/.built ## the programs, into bin/
@@ -87,3 +87,5 @@ need-demo: need-root
 
 need-test: need-demo
 	$(call need,gcc,gcc libc6-dev)
+
+include board/common/kernel.mk

@@ -21,5 +21,7 @@
 //	netlab/            a small Internet in network namespaces
 //	netlab/deploy/     the real daemons in it
 //
+// Beside them, board/common/kerneltest proves our patches to the firmware's kernel.
+//
 // A package may import, of ours, only what layout_test.go lists for it.
 package daemon

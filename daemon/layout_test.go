@@ -29,6 +29,7 @@ var law = map[string][]string{
 	"daemon/control/desired":    {"sheaf/daemon/control/settings", "sheaf/daemon/datapath/uplink"},
 	"daemon/control/kernel":     {"sheaf/daemon/control/desired"},
 	"daemon/control/reconcile":  {"sheaf/daemon/control/desired"},
+	"board/common/kerneltest":   {},
 	"daemon/netlab":             {},
 	"daemon/netlab/deploy":      {"sheaf/daemon/control/settings", "sheaf/daemon/netlab", "sheaf/webui"},
 	"webui":                     {"sheaf/daemon/control/settings"},
