@@ -115,9 +115,18 @@ type DNSStatus struct {
 type MultipathStatus struct {
 	Wanted MultipathValues `json:"wanted"`
 	Kernel MultipathValues `json:"kernel"`
+	// Concentrator is what the other end does.
+	Concentrator FarMultipath `json:"concentrator"`
 	// Available lists what the running kernel offers.
 	AvailableSchedulers   []string `json:"available_schedulers"`
 	AvailablePathManagers []string `json:"available_path_managers"`
+}
+
+// FarMultipath tells by which packet scheduler the concentrator sends, empty while
+// it has not said so, and why it is not the one that is wanted.
+type FarMultipath struct {
+	Scheduler string `json:"scheduler"`
+	Reason    string `json:"reason"`
 }
 
 // MultipathValues are the multipath settings of one side.

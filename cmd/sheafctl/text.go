@@ -100,6 +100,16 @@ func onOff(b bool) string {
 	return "off"
 }
 
+func farScheduler(f webui.FarMultipath) string {
+	switch {
+	case f.Scheduler == "":
+		return "has not said by which scheduler it sends"
+	case f.Reason != "":
+		return "sends by scheduler " + f.Scheduler + ": " + f.Reason
+	}
+	return "sends by scheduler " + f.Scheduler
+}
+
 // writeMultipath sets what is wanted beside what the kernel does, and lists what
 // may be wanted.
 func writeMultipath(w *bytes.Buffer, s webui.Status) {
@@ -117,6 +127,7 @@ func writeMultipath(w *bytes.Buffer, s webui.Status) {
 		{"path managers", or(strings.Join(s.Multipath.AvailablePathManagers, ", "), "-")},
 		{"schedulers", or(strings.Join(s.Multipath.AvailableSchedulers, ", "), "the kernel does not list them")},
 		{"kernel", s.Kernel.Release + ", MPTCP " + s.Kernel.MPTCP},
+		{"concentrator", farScheduler(s.Multipath.Concentrator)},
 	} {
 		fmt.Fprintf(w, "%-13s %s\n", line[0], printable(line[1]))
 	}

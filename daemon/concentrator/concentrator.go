@@ -99,7 +99,7 @@ func Run(ctx context.Context, c Config) error {
 		ports.Reserved = append(ports.Reserved, uint16(l.Addr().(*net.TCPAddr).Port))
 	}
 	con.packets = newPackets(c.Log, store, policy, ports, con.server.OpenInbound)
-	con.packets.calm = con.server.SetCalm
+	con.packets.calm, con.packets.schedule = con.server.SetCalm, con.server.SetScheduler
 	if c.ConnectRouters {
 		con.packets.mutual = []netip.Prefix{Network4(), store.Network6()}
 	}

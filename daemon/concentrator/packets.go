@@ -39,6 +39,7 @@ type packets struct {
 	checker  *egress.Checker
 	forwards *egress.Forwards
 	calm     func(tunnel.PublicKey, bool)
+	schedule func(tunnel.PublicKey, string) (runs, reason string)
 	changed  func()         // what is wanted of the kernel has changed
 	mutual   []netip.Prefix // what routers may reach of one another
 
@@ -352,6 +353,7 @@ func (p *packets) wished(mb *member, m tunnel.Messages, body []byte) {
 		wanted[i] = egress.Forward{ID: f.Port, Protocol: f.Protocol, Port: f.Port}
 	}
 	a := tunnel.Answers{Forwards: []tunnel.PortAnswer{}}
+	a.Scheduler, a.SchedulerReason = p.schedule(mb.key, w.Scheduler)
 	var active []tunnel.Port
 	for i, r := range p.forwards.Set(forwardsKey(mb.key), wanted) {
 		a.Forwards = append(a.Forwards, tunnel.PortAnswer{Port: w.Forwards[i], State: string(r.State), Reason: r.Reason})

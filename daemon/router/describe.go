@@ -104,6 +104,13 @@ func (p *packets) describeForwardsLocked(forwards []settings.Forward, alive bool
 	return list
 }
 
+// farMultipath is what the concentrator has said of its scheduler.
+func (p *packets) farMultipath() webui.FarMultipath {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return webui.FarMultipath{Scheduler: p.answer.Scheduler, Reason: p.answer.SchedulerReason}
+}
+
 // describeDNS says where queries to the router itself go.
 func describeDNS(server netip.Addr, through string) webui.DNSStatus {
 	switch {

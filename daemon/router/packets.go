@@ -480,9 +480,10 @@ func (p *packets) keepCalm(ctx context.Context) {
 	}
 }
 
-func (p *packets) setForwards(list []settings.Forward) {
+func (p *packets) setWishes(list []settings.Forward, scheduler string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.wish.Scheduler = scheduler
 	p.wish.Forwards = nil
 	for _, f := range list {
 		p.wish.Forwards = append(p.wish.Forwards, tunnel.Port{Protocol: f.Protocol, Port: f.Port})

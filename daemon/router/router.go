@@ -375,7 +375,8 @@ func (r *Router) setPeer() {
 // setWishes tells the packet path what the settings say of it.
 func (r *Router) setWishes() {
 	s := r.current().Settings
-	r.packets.setForwards(s.Forwards)
+	r.packets.setWishes(s.Forwards, s.Multipath.Scheduler)
+	r.pool.SetScheduler(s.Multipath.Scheduler)
 	r.packets.bond.SetRules(rules(s.Classes))
 	inbound := 0
 	for _, f := range s.Forwards {

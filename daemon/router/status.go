@@ -114,6 +114,7 @@ func (r *Router) Status(ctx context.Context) (webui.Status, error) {
 	s.Tunnel = describeTunnel(revision.Settings, s.Uplinks, pool, single)
 	s.Tunnel.Flows, s.Tunnel.DirectFlows = int(r.flows.Load()), r.direct.count()
 	s.Multipath = describeMultipath(revision.Settings.Multipath, info, held)
+	s.Multipath.Concentrator = r.packets.farMultipath()
 	s.Concentrator = webui.ConcentratorStatus{Address: pool.Address, Sessions: pool.Sessions, IdleSessions: pool.Idle}
 	if enrolled != nil {
 		s.Concentrator.Fingerprint = enrolled.Key.Fingerprint()
@@ -290,6 +291,9 @@ func problems(s webui.Status, pass reconcile.Pass) []string {
 		list = append(list, "the kernel does not take all of the settings: "+pass.Err.Error())
 	}
 	list = append(list, pass.Problems...)
+	if far := s.Multipath.Concentrator; far.Reason != "" {
+		list = append(list, "the concentrator sends by scheduler "+far.Scheduler+": "+far.Reason)
+	}
 	for _, i := range s.LAN.Interfaces {
 		if !i.Present {
 			list = append(list, "LAN interface "+i.Name+" does not exist")

@@ -14,14 +14,17 @@ import (
 // module in some.
 const calmControl = "bbr"
 
-// calm says which congestion control the sessions of one router send with. A
-// flow looks here each time before it sends, so that a change costs nothing for
+// calm says how the sessions of one router send: by which congestion control, and
+// which packet scheduler. A flow looks here each time before it sends, so that a change costs nothing for
 // those that send nothing.
 type calm struct {
 	on      atomic.Bool
 	lossy   atomic.Int64 // until when an uplink counts as one that loses packets, Unix ns
 	missing atomic.Bool  // this kernel does not let us use calmControl
-	log     *slog.Logger
+
+	scheduler chosen
+
+	log *slog.Logger
 }
 
 // lossyTime is how long an uplink that was seen to lose packets counts as one that

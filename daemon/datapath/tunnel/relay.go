@@ -230,6 +230,7 @@ func (f *flow) pump(opening []byte) {
 			return
 		}
 		s.keepCalm()
+		s.keepScheduler()
 		if moved >= earlyBytes {
 			s.keepPaced()
 			if moved >= windowAfter {

@@ -62,9 +62,10 @@ type Session struct {
 	// calm, if set, says which congestion control flows are sent with.
 	calm *calm
 	// Only the goroutine that sends a flow uses these.
-	calmed bool // which one it is
-	paced  bool // its subflows send no bursts
-	window window
+	calmed    bool // which one it is
+	paced     bool // its subflows send no bursts
+	scheduler string
+	window    window
 
 	writing sync.Mutex // held while records are written, and guards a flow's sent marks
 

@@ -53,6 +53,8 @@ type Wishes struct {
 	// that the stream carrier is more than that: some uplink has no other.
 	Backup []string `json:"backup"`
 	Stream bool     `json:"stream"`
+	// Scheduler is the packet scheduler that the router's sessions are to be sent by.
+	Scheduler string `json:"scheduler,omitempty"`
 }
 
 // Port is a port of a concentrator.
@@ -64,6 +66,10 @@ type Port struct {
 // Answers are what became of Wishes: the body of STATE, in JSON.
 type Answers struct {
 	Forwards []PortAnswer `json:"forwards"`
+	// Scheduler is the one that is really used, SchedulerReason why it is not the
+	// one that was asked for.
+	Scheduler       string `json:"scheduler,omitempty"`
+	SchedulerReason string `json:"scheduler_reason,omitempty"`
 }
 
 // PortAnswer is what became of one Port.

@@ -298,3 +298,30 @@ func TestMultipathSettings(t *testing.T) {
 	w.need(err)
 	t.Logf("multipath:\n%s", text)
 }
+
+// TestConcentratorTellsItsScheduler: what is shown of the other end is what that
+// has said, not what was asked for.
+func TestConcentratorTellsItsScheduler(t *testing.T) {
+	w := up(t)
+	w.must(w.Until("the concentrator has told its scheduler", func(s webui.Status) error {
+		if far := s.Multipath.Concentrator; far.Scheduler != "default" || far.Reason != "" {
+			return fmt.Errorf("%+v", far)
+		}
+		return nil
+	}))
+	const wanted = "roundrobin" // of the firmware's kernel
+	w.apply(w.Settings("") + "multipath: {scheduler: " + wanted + "}\n")
+	w.must(w.Until("it has told what it makes of another", func(s webui.Status) error {
+		far := s.Multipath.Concentrator
+		if slices.Contains(s.Multipath.AvailableSchedulers, wanted) { // both ends are this kernel
+			if far.Scheduler != wanted || far.Reason != "" {
+				return fmt.Errorf("%+v", far)
+			}
+			return nil
+		}
+		if far.Scheduler != "default" || far.Reason == "" || !slices.ContainsFunc(s.Problems, func(p string) bool { return strings.Contains(p, far.Reason) }) {
+			return fmt.Errorf("%+v, problems %q", far, s.Problems)
+		}
+		return nil
+	}))
+}
