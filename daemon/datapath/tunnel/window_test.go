@@ -90,7 +90,7 @@ func TestLosses(t *testing.T) {
 			if got != test.want {
 				t.Errorf("lossy %v, want %v", got, test.want)
 			}
-			if got = l.look([]lane{now[0]}); len(l.before) != 1 {
+			if l.look([]lane{now[0]}); len(l.before) != 1 {
 				t.Errorf("%d subflows remembered after one has gone", len(l.before))
 			}
 		})
