@@ -49,6 +49,9 @@ const (
 	// that it lives.
 	checkTime = time.Second
 
+	// strandedTime is how long a session may have no subflow over a fit path.
+	strandedTime = 5 * time.Second
+
 	maintainEvery = 500 * time.Millisecond
 )
 
@@ -68,6 +71,8 @@ func (p Path) SameSource(other Path) bool {
 // Ports is a range of source ports with both its ends. The zero range is all of
 // them.
 type Ports struct{ First, Last uint16 }
+
+var errStranded = errors.New("no subflow over any uplink that works")
 
 // ErrDown says that no session reaches the concentrator.
 var ErrDown = errors.New("the tunnel is down")
@@ -110,6 +115,8 @@ type pooled struct {
 	pinged bool      // a ping is under way
 	since  time.Time // when it was dialled
 	used   time.Time // when its last flow ended
+	// stranded is since when it has no subflow over a fit path; zero if it has.
+	stranded time.Time
 }
 
 // trouble is the recent failures of one path.
@@ -532,7 +539,7 @@ func (p *Pool) way(now time.Time) (peer *Peer, ranked []Path, restored int64) {
 // measure learns the paths' round-trip times from the subflows of live
 // sessions, forgets old bursts, and finds idle sessions that lack a subflow.
 func (p *Pool) measure(now time.Time) {
-	const sample = 16 // of the sessions in use
+	const sample = 64 // of the sessions in use
 	p.mu.Lock()
 	p.opened -= (p.opened + 3) / 4
 	some := slices.Clone(p.idle)
@@ -565,6 +572,12 @@ func (p *Pool) measure(now time.Time) {
 	for a, d := range rtt {
 		p.rtt[a] = d
 	}
+	for _, s := range some {
+		if s.isStranded(now, stranded(p.paths, joined[s])) {
+			p.log.Warn("a session has no subflow over any uplink that works; ending it", "multipath", s.multipath, "busy", s.busy())
+			go s.fail(errStranded) // which takes p.mu
+		}
+	}
 	if p.peer == nil || !p.peer.Joins {
 		return
 	}
@@ -575,6 +588,31 @@ func (p *Pool) measure(now time.Time) {
 	if probe {
 		p.nextProbe = now.Add(probeEvery)
 	}
+}
+
+// stranded says whether none of the addresses that a session has subflows from is
+// one of a fit path, though there are such.
+func stranded(paths []Path, from []netip.Addr) bool {
+	for _, path := range paths {
+		if slices.ContainsFunc(path.Sources, func(a netip.Addr) bool { return slices.Contains(from, a) }) {
+			return false
+		}
+	}
+	return len(paths) > 0
+}
+
+// isStranded says whether a session has been stranded for strandedTime by now. The
+// kernel joins others to a connection that has lost its last subflow, but not
+// always (6.18); and one over plain TCP cannot move. Its client is better told than
+// left waiting.
+func (s *pooled) isStranded(now time.Time, stranded bool) bool {
+	switch {
+	case !stranded:
+		s.stranded = time.Time{}
+	case s.stranded.IsZero():
+		s.stranded = now
+	}
+	return stranded && now.Sub(s.stranded) > strandedTime
 }
 
 // incomplete lists idle sessions to be replaced because they lack a subflow of

@@ -224,3 +224,39 @@ func TestDownOnlyWhenEveryPathFailed(t *testing.T) {
 		t.Error("down, with a live session")
 	}
 }
+
+func TestStrandedSessionsEnd(t *testing.T) {
+	a, b, gone := netip.MustParseAddr("10.1.0.2"), netip.MustParseAddr("10.2.0.2"), netip.MustParseAddr("10.1.0.9")
+	paths := []Path{{Name: "a", Sources: []netip.Addr{a}}, {Name: "b", Sources: []netip.Addr{b}}}
+	for _, test := range []struct {
+		name  string
+		paths []Path
+		from  []netip.Addr
+		want  bool
+	}{
+		{"over all", paths, []netip.Addr{a, b}, false},
+		{"over one", paths, []netip.Addr{gone, b}, false},
+		{"over none", paths, nil, true},
+		{"from an address that is no more", paths, []netip.Addr{gone}, true},
+		{"no uplink works", nil, []netip.Addr{a}, false},
+	} {
+		if got := stranded(test.paths, test.from); got != test.want {
+			t.Errorf("%s: stranded %v", test.name, got)
+		}
+	}
+
+	s, now := &pooled{}, time.Now()
+	for i, step := range []struct {
+		after    time.Duration
+		stranded bool
+		want     bool
+	}{
+		{0, true, false}, {strandedTime, true, false}, {0, false, false},
+		{0, true, false}, {strandedTime, true, false}, {time.Millisecond, true, true}, {0, false, false},
+	} {
+		now = now.Add(step.after)
+		if got := s.isStranded(now, step.stranded); got != step.want {
+			t.Errorf("step %d: ends %v", i, got)
+		}
+	}
+}
