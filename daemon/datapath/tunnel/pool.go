@@ -28,8 +28,12 @@ const (
 	// A path strips MPTCP when this many sessions, dialled one after the other,
 	// fell back to plain TCP; until then they are closed. It is then ranked last
 	// for plainRetry, and tried anew.
-	plainInARow = 3
-	plainRetry  = time.Minute
+	// One that MPTCP has passed lately has to show it longer: SYNs with the option
+	// that are lost in an outage make a connection fall back, too.
+	plainInARow  = 3
+	plainDoubted = 6
+	passedLately = 10 * time.Minute
+	plainRetry   = time.Minute
 	// joinTime is how long a new session may take to be joined by all subflows.
 	joinTime = 3 * time.Second
 	// probeEvery is how often a session is replaced to see whether a path that
@@ -128,6 +132,15 @@ type trouble struct {
 	fellBack int       // sessions in a row that fell back to plain TCP
 	fellAt   time.Time // the last of them
 	plain    time.Time // when it was last found to strip MPTCP
+	passed   time.Time // when MPTCP last got through
+}
+
+// strips says whether so many sessions have fallen back that it is the path's doing.
+func (t *trouble) strips(now time.Time) bool {
+	if !t.passed.IsZero() && now.Sub(t.passed) < passedLately {
+		return t.fellBack >= plainDoubted
+	}
+	return t.fellBack >= plainInARow
 }
 
 // NewPool returns a pool that dials nothing until it has a peer and a path.
@@ -749,13 +762,13 @@ func (p *Pool) add(s *Session, path string, peer *Peer, begun time.Time) {
 		t = new(trouble)
 		p.trouble[path] = t
 	}
-	*t = trouble{reached: time.Now(), plain: t.plain, fellBack: t.fellBack, fellAt: t.fellAt}
+	*t = trouble{reached: time.Now(), plain: t.plain, fellBack: t.fellBack, fellAt: t.fellAt, passed: t.passed}
 	if peer.Multipath && !s.multipath {
 		if begun.After(t.fellAt) {
 			t.fellBack++
 			t.fellAt = time.Now()
 		}
-		if t.fellBack < plainInARow {
+		if !t.strips(time.Now()) {
 			p.mu.Unlock()
 			s.Close()
 			p.wake()
@@ -768,6 +781,9 @@ func (p *Pool) add(s *Session, path string, peer *Peer, begun time.Time) {
 		t.plain = time.Now()
 	} else {
 		t.fellBack, t.fellAt, t.plain = 0, time.Time{}, time.Time{}
+		if s.multipath {
+			t.passed = time.Now()
+		}
 	}
 	if p.lastErr != nil || len(p.sessions) == 0 {
 		p.log.Info("reached the concentrator", "uplink", path, "concentrator", s.wire.RemoteAddr(), "multipath", s.multipath)

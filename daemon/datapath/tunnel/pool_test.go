@@ -260,3 +260,24 @@ func TestStrandedSessionsEnd(t *testing.T) {
 		}
 	}
 }
+
+func TestPathStripsMultipath(t *testing.T) {
+	now := time.Now()
+	for _, test := range []struct {
+		fellBack int
+		passed   time.Duration // ago; 0: never
+		want     bool
+	}{
+		{2, 0, false}, {3, 0, true},
+		{3, time.Minute, false}, {5, time.Minute, false}, {6, time.Minute, true},
+		{3, time.Hour, true},
+	} {
+		path := trouble{fellBack: test.fellBack}
+		if test.passed != 0 {
+			path.passed = now.Add(-test.passed)
+		}
+		if got := path.strips(now); got != test.want {
+			t.Errorf("%d fell back, MPTCP passed %v ago: strips %v", test.fellBack, test.passed, got)
+		}
+	}
+}
