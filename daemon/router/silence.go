@@ -168,7 +168,9 @@ func (r *Router) drop(ctx context.Context, names []string) {
 
 // supervise follows each look at the carriers.
 func (r *Router) supervise(ctx context.Context) {
-	ask, fallen, back := r.silence.look(time.Now(), r.packets.signs())
+	signs := r.packets.signs()
+	r.askSubflows(signs)
+	ask, fallen, back := r.silence.look(time.Now(), signs)
 	for _, name := range ask {
 		r.asking.Go(func() { r.ask(ctx, name) })
 	}
@@ -183,6 +185,25 @@ func (r *Router) supervise(ctx context.Context) {
 	if len(fallen)+len(back) > 0 {
 		r.loop.Poke()
 		r.subflows.kick()
+	}
+}
+
+// askSubflows looks whether flows still hear the concentrator where packets do not:
+// then it is UDP alone that does not pass, or a full queue that drops it.
+func (r *Router) askSubflows(signs map[string]uplink.Signs) {
+	var subflows map[netip.Addr]time.Time
+	for name, s := range signs {
+		if s.Carries || s.SilentSince.IsZero() {
+			continue
+		}
+		if subflows == nil {
+			subflows = r.pool.Heard()
+		}
+		for _, source := range r.packets.sources(name) {
+			if at := subflows[source]; at.After(s.SilentSince.Add(uplink.Tick)) {
+				r.silence.heard(name, at)
+			}
+		}
 	}
 }
 

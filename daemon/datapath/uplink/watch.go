@@ -16,15 +16,16 @@ const WatchEvery = 10 * time.Millisecond
 // customary with BFD (RFC 5880).
 const Steady = 40 * time.Millisecond
 
+// Tick is the kernel's, at its slowest: a subflow cannot say better than that when
+// it last heard something.
+const Tick = 10 * time.Millisecond
+
 const (
 	// leastQuiet and mostQuiet bound the silence that is one too many; between them
 	// it is half as much again as the longest of the last quietMemory to twice that.
 	leastQuiet  = 60 * time.Millisecond
 	mostQuiet   = 300 * time.Millisecond
 	quietMemory = 10 * time.Second
-	// tick is the kernel's, at its slowest: a subflow cannot say better than that
-	// when it last heard something.
-	tick = 10 * time.Millisecond
 	// steadyLooks in a row must have found something new.
 	steadyLooks = 10
 )
@@ -72,7 +73,7 @@ func (w *Watch) Look(now time.Time, heard map[string]Heard) map[string]time.Time
 			w.uplinks[name] = u
 			continue
 		}
-		if h.Last.Sub(u.heard) > tick {
+		if h.Last.Sub(u.heard) > Tick {
 			u.remember(now)
 			u.heard, u.quiet = h.Last, min(max(now.Sub(h.Last), 0), passed)
 		} else if witness, ok := liveliest(now, heard, name); ok {
@@ -117,5 +118,5 @@ func (u *watched) remember(now time.Time) {
 }
 
 func (u *watched) limit() time.Duration {
-	return min(max(max(u.longest, u.longestBefore)*3/2+tick, leastQuiet), mostQuiet)
+	return min(max(max(u.longest, u.longestBefore)*3/2+Tick, leastQuiet), mostQuiet)
 }
