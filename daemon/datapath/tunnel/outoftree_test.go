@@ -1,6 +1,7 @@
 package tunnel
 
 import (
+	"net"
 	"net/netip"
 	"slices"
 	"sync"
@@ -155,9 +156,46 @@ func TestOutOfTreeSubflows(t *testing.T) {
 }
 
 // TestUpstreamSockets: elsewhere the options mean something else, and no socket
-// is given them.
+// is given them; but those of sessions, and what a listener accepts, begin with
+// what tune says.
 func TestUpstreamSockets(t *testing.T) {
-	if control(true) != nil || control(false) != nil {
-		t.Error("sockets are given the options of v0.9x on this kernel")
+	if outOfTreeKernel() != nil {
+		t.Fatal("sockets are given the options of v0.9x on this kernel")
+	}
+	l, err := ListenConfig().Listen(t.Context(), "tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = l.Close() }()
+	dialer := net.Dialer{Control: control(true)}
+	dialer.SetMultipathTCP(true)
+	dialled, err := dialer.DialContext(t.Context(), "tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = dialled.Close() }()
+	accepted, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = accepted.Close() }()
+	for name, c := range map[string]net.Conn{"dialled": dialled, "accepted": accepted} {
+		s, err := newSocket(c.(*net.TCPConn))
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = s.raw.Control(func(fd uintptr) {
+			control, err := unix.GetsockoptString(int(fd), unix.IPPROTO_TCP, unix.TCP_CONGESTION)
+			if err != nil || control != congestionControl {
+				t.Errorf("%s: congestion control %q, %v", name, control, err)
+			}
+			buffer, err := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUF)
+			if err != nil || buffer < receiveBuffer {
+				t.Errorf("%s: receive buffer of %d bytes, %v", name, buffer, err)
+			}
+		})
+		if err != nil {
+			t.Error(err)
+		}
 	}
 }
