@@ -233,8 +233,8 @@ func (f *flow) pump(opening []byte) {
 		s.keepScheduler()
 		if moved >= earlyBytes {
 			s.keepPaced()
-			if moved >= windowAfter {
-				s.keepWindow(time.Now())
+			if now := time.Now(); now.Sub(f.since) >= windowAfter {
+				s.keepWindow(now)
 			}
 		}
 		record, limit := recordPayload, batch*recordPayload-frameHeader

@@ -23,6 +23,9 @@ const (
 	// Mbit/s and 30 ms, 2 take 86 % of what they carry, 2.5 and 3 take all; when one
 	// is switched off nothing arrives for 75, 85 and 113 ms.
 	windowTimes = 2.5
+	// windowSpread is as much again of the difference between the uplinks' times:
+	// what came by the fast one waits at the receiver for what the slow one brings.
+	windowSpread = 3
 	// leastRTT stands for round-trip times that are shorter: at those the window
 	// decides nothing, and the processors want to be used.
 	leastRTT = 20 * time.Millisecond
@@ -30,9 +33,10 @@ const (
 	leastWindow = 512 << 10
 	// mostWindow, in bytes, is enough for 1 Gbit/s at 150 ms.
 	mostWindow = 64 << 20
-	// windowAfter, in bytes, is how much a flow sends before it says anything about
-	// rates: the subflows' windows are still opening.
-	windowAfter = 2 << 20
+	// windowAfter is how long a flow lasts before what it reaches says anything about
+	// rates: until then the subflows' windows are opening, and one for the session
+	// would be in their way.
+	windowAfter = 1500 * time.Millisecond
 	// windowEvery is how often a session that sends looks.
 	windowEvery = 50 * time.Millisecond
 	// A rate that was reached counts for less each time: senders pause.
@@ -51,9 +55,10 @@ type window struct {
 
 // capacity is what one look at the subflows finds.
 type capacity struct {
-	rate  float64       // bytes per second, of all
-	rtt   time.Duration // the least of the slowest
-	lanes []lane
+	rate     float64       // bytes per second, of all
+	rtt      time.Duration // the least of the slowest
+	shortest time.Duration // and that of the fastest
+	lanes    []lane
 }
 
 // lane is what one subflow has sent, in segments, and whether its uplink's queue is
@@ -65,7 +70,10 @@ type lane struct {
 
 func (c *capacity) add(info *unix.TCPInfo) {
 	c.rate += float64(info.Delivery_rate)
-	c.rtt = max(c.rtt, time.Duration(info.Min_rtt)*time.Microsecond)
+	rtt := time.Duration(info.Min_rtt) * time.Microsecond
+	if c.rtt = max(c.rtt, rtt); c.shortest == 0 || rtt < c.shortest {
+		c.shortest = rtt
+	}
 	const slack = 5000 // microseconds
 	c.lanes = append(c.lanes, lane{info.Data_segs_out, info.Total_retrans, info.Rtt <= info.Min_rtt+info.Min_rtt/3+slack})
 }
@@ -108,7 +116,7 @@ func (l *losses) look(lanes []lane) bool {
 // is to be told to the kernel.
 func (w *window) size(c capacity) (bytes int, set bool) {
 	w.rate = max(c.rate, w.rate*rateDecay)
-	wanted := windowTimes * w.rate * max(c.rtt, leastRTT).Seconds()
+	wanted := w.rate * (windowTimes*max(c.rtt, leastRTT).Seconds() + windowSpread*(c.rtt-c.shortest).Seconds())
 	bytes = int(min(max(wanted, leastWindow), mostWindow))
 	change := float64(bytes-w.bytes) / float64(max(w.bytes, 1))
 	if -windowChange < change && change < windowChange {

@@ -9,7 +9,9 @@ import (
 
 func TestWindowSize(t *testing.T) {
 	const mbit = 1e6 / 8
-	at := func(rate float64, rtt time.Duration) capacity { return capacity{rate: rate * mbit, rtt: rtt} }
+	at := func(rate float64, rtt time.Duration) capacity {
+		return capacity{rate: rate * mbit, rtt: rtt, shortest: rtt}
+	}
 	repeat := func(c capacity, n int) (list []capacity) {
 		for range n {
 			list = append(list, c)
@@ -23,6 +25,7 @@ func TestWindowSize(t *testing.T) {
 	}{
 		{"two and a half of rate times round trip", []capacity{at(80, 30*time.Millisecond)}, "750"},
 		{"the longest round trip counts", []capacity{at(100, 80*time.Millisecond)}, "2500"},
+		{"and what it is longer than the shortest", []capacity{{rate: 100 * mbit, rtt: 80 * time.Millisecond, shortest: 20 * time.Millisecond}}, "4750"},
 		{"a small change is no change", []capacity{at(80, 30*time.Millisecond), at(84, 30*time.Millisecond)}, "750 -"},
 		{"more is followed at once", []capacity{at(80, 30*time.Millisecond), at(160, 30*time.Millisecond)}, "750 1500"},
 		{"less is believed slowly", append([]capacity{at(160, 30*time.Millisecond)}, repeat(at(80, 30*time.Millisecond), 15)...),
