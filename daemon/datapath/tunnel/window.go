@@ -137,6 +137,9 @@ func (s *Session) keepWindow(now time.Time) {
 	if err != nil || c.rtt == 0 {
 		return
 	}
+	if before := len(s.window.losses.before); before > 0 && len(c.lanes) > before {
+		s.paced = false // the new one is not, and would be slow to open its window
+	}
 	if s.window.losses.look(c.lanes) {
 		s.calm.noteLoss(now)
 	}
