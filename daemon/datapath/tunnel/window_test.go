@@ -23,16 +23,16 @@ func TestWindowSize(t *testing.T) {
 		looks []capacity
 		want  string // what is set, kB; - for nothing new
 	}{
-		{"two and a half of rate times round trip", []capacity{at(80, 30*time.Millisecond)}, "750"},
-		{"the longest round trip counts", []capacity{at(100, 80*time.Millisecond)}, "2500"},
-		{"and what it is longer than the shortest", []capacity{{rate: 100 * mbit, rtt: 80 * time.Millisecond, shortest: 20 * time.Millisecond}}, "4750"},
-		{"a small change is no change", []capacity{at(80, 30*time.Millisecond), at(84, 30*time.Millisecond)}, "750 -"},
-		{"more is followed at once", []capacity{at(80, 30*time.Millisecond), at(160, 30*time.Millisecond)}, "750 1500"},
+		{"rate times round trip, more than twice", []capacity{at(80, 30*time.Millisecond)}, "660"},
+		{"the longest round trip counts", []capacity{at(100, 80*time.Millisecond)}, "2200"},
+		{"and what it is longer than the shortest", []capacity{{rate: 100 * mbit, rtt: 80 * time.Millisecond, shortest: 20 * time.Millisecond}}, "4450"},
+		{"a small change is no change", []capacity{at(80, 30*time.Millisecond), at(84, 30*time.Millisecond)}, "660 -"},
+		{"more is followed at once", []capacity{at(80, 30*time.Millisecond), at(160, 30*time.Millisecond)}, "660 1320"},
 		{"less is believed slowly", append([]capacity{at(160, 30*time.Millisecond)}, repeat(at(80, 30*time.Millisecond), 15)...),
-			"1500 - - 1286 - - 1102 - - 945 - - 810 - - -"},
+			"1320 - - 1131 - - 970 - - 831 - - 713 - - -"},
 		{"never too little", repeat(at(1, 30*time.Millisecond), 2), "524 -"},
 		{"nor too much", []capacity{at(10000, 300*time.Millisecond)}, "67108"},
-		{"a round trip in the house bounds nothing", []capacity{at(5000, 50*time.Microsecond)}, "31250"},
+		{"a round trip in the house bounds nothing", []capacity{at(5000, 50*time.Microsecond)}, "27500"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			var w window
