@@ -8,9 +8,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
-	"unsafe"
-
-	"golang.org/x/sys/unix"
 )
 
 // What each flow has moved over each uplink. The kernel counts for a subflow as
@@ -244,26 +241,12 @@ func (s *Session) resetAccount() {
 	}
 }
 
-const mptcpInfo = 1 // MPTCP_INFO, include/uapi/linux/mptcp.h, Linux 5.16 and later
-
-// mptcpInfoHead is the beginning of struct mptcp_info, as Linux 5.16 had it.
-type mptcpInfoHead struct {
-	_                      [8]byte // numbers of subflows and addresses
-	Flags, Token           uint32
-	WriteSeq, SndUna, Next uint64
-}
-
 // position asks how far an MPTCP connection has come.
 func (s *socket) position() (position, error) {
 	var info mptcpInfoHead
 	var inner error
 	err := s.raw.Control(func(fd uintptr) {
-		length := uint32(unsafe.Sizeof(info))
-		_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, fd, solMPTCP, mptcpInfo,
-			uintptr(unsafe.Pointer(&info)), uintptr(unsafe.Pointer(&length)), 0)
-		if errno != 0 {
-			inner = errno
-		}
+		info, inner = readMPTCPInfo(fd)
 	})
 	return position{info.WriteSeq, info.SndUna, info.Next}, cmp.Or(err, inner)
 }

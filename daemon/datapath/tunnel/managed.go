@@ -6,7 +6,6 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"sync"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -58,10 +57,6 @@ func (m *Managed) Sessions() []*Session {
 	return live
 }
 
-// mptcpInfoToken is the place of mptcpi_token in struct mptcp_info
-// (include/uapi/linux/mptcp.h, Linux 5.16 and later), in numbers of 32 bits.
-const mptcpInfoToken = 3
-
 // Ends are the two ends of a subflow.
 type Ends struct{ Local, Remote netip.AddrPort }
 
@@ -74,15 +69,12 @@ func (s *Session) Ends() (token uint32, list []Ends, err error) {
 	}
 	var inner error
 	err = s.wire.raw.Control(func(fd uintptr) {
-		var info [mptcpInfoToken + 1]uint32
-		length := uint32(unsafe.Sizeof(info))
-		_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, fd, solMPTCP, mptcpInfo,
-			uintptr(unsafe.Pointer(&info)), uintptr(unsafe.Pointer(&length)), 0)
-		if errno != 0 {
-			inner = fmt.Errorf("read the token of a session: %w", errno)
+		info, err := readMPTCPInfo(fd)
+		if err != nil {
+			inner = fmt.Errorf("read the token of a session: %w", err)
 			return
 		}
-		token = info[mptcpInfoToken]
+		token = info.Token
 		addresses := borrow()
 		defer addresses.release()
 		stride, n, err := subflowOption(int(fd), mptcpSubflowAddrs, addresses, sizeSubflowAddress)

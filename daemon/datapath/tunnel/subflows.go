@@ -233,6 +233,26 @@ func (b *buffer) tcpInfo(i, stride int) (info unix.TCPInfo) {
 	return info
 }
 
+const mptcpInfo = 1 // MPTCP_INFO, include/uapi/linux/mptcp.h, Linux 5.16 and later
+
+// mptcpInfoHead is the beginning of struct mptcp_info, as Linux 5.16 had it.
+type mptcpInfoHead struct {
+	_                      [8]byte // numbers of subflows and addresses
+	Flags, Token           uint32
+	WriteSeq, SndUna, Next uint64
+}
+
+// readMPTCPInfo reads the state of an MPTCP connection.
+func readMPTCPInfo(fd uintptr) (info mptcpInfoHead, err error) {
+	length := uint32(unsafe.Sizeof(info))
+	_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, fd, solMPTCP, mptcpInfo,
+		uintptr(unsafe.Pointer(&info)), uintptr(unsafe.Pointer(&length)), 0)
+	if errno != 0 {
+		return info, errno
+	}
+	return info, nil
+}
+
 // subflowOption reads into b one of the MPTCP options that return an array
 // behind a struct mptcp_subflow_data, and returns the size and number of its
 // entries.
