@@ -52,11 +52,11 @@ const (
 	silentTime = 2 * time.Second
 
 	superviseEvery = 250 * time.Millisecond
-	// failedBefore is how long before the tunnel was last up an uplink must have
-	// been unfit to have failed by itself. When the concentrator is lost all
-	// fall silent, but not at the same moment.
-	failedBefore = 5 * time.Second
-	calmEvery    = 250 * time.Millisecond
+	// failedAfter is how long the tunnel must have been up without an uplink for
+	// that to have failed by itself. When the concentrator is lost all fall silent,
+	// and come back with it, but not at the same moment.
+	failedAfter = 5 * time.Second
+	calmEvery   = 250 * time.Millisecond
 )
 
 // packets is the packet half of the data path.
@@ -86,8 +86,8 @@ type packets struct {
 	answer   tunnel.Answers // what it said to that
 	carriers map[string]*carrier
 	standing map[string]standing // of uplinks
-	lastUp   time.Time           // when the tunnel was up
-	control  tunnel.Messages     // the session over which wishes travel, or nil
+	observed time.Time
+	control  tunnel.Messages // the session over which wishes travel, or nil
 	telling  sync.WaitGroup
 	// isTelling: a wish is on its way to the kernel.
 	isTelling bool
@@ -96,8 +96,8 @@ type packets struct {
 // standing is what is remembered of the links over one uplink, when they are gone
 // too.
 type standing struct {
-	rtt time.Duration // the least, lately
-	fit time.Time     // when one was, last
+	rtt     time.Duration // the least, lately
+	without time.Duration // that the tunnel was up since one was fit
 }
 
 // carrier is the way of one uplink, or with an empty name the sessions over all.
@@ -541,37 +541,46 @@ func (p *packets) observe(now time.Time) {
 	stats := p.bond.Stats()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if stats.Alive {
-		p.lastUp = now
+	note(p.standing, stats, min(now.Sub(p.observed), 2*superviseEvery))
+	p.observed = now
+	maps.DeleteFunc(p.standing, func(name string, _ standing) bool {
+		return !slices.ContainsFunc(p.paths, func(path tunnel.Path) bool { return path.Name == name })
+	})
+}
+
+// note adds what is seen of the links a while after the last look.
+func note(known map[string]standing, stats bond.Stats, passed time.Duration) {
+	for name, s := range known {
+		if stats.Alive {
+			s.without += passed
+		}
+		known[name] = s
 	}
 	for _, l := range stats.Links {
 		if l.Name == "" || l.MinRTT == 0 {
 			continue
 		}
-		known := p.standing[l.Name]
-		known.rtt = l.MinRTT
+		s := known[l.Name]
+		s.rtt = l.MinRTT
 		if l.Fit {
-			known.fit = now
+			s.without = 0
 		}
-		p.standing[l.Name] = known
+		known[l.Name] = s
 	}
-	maps.DeleteFunc(p.standing, func(name string, _ standing) bool {
-		return !slices.ContainsFunc(p.paths, func(path tunnel.Path) bool { return path.Name == name })
-	})
 }
 
 // ranking names the uplinks, best first, as far as they are known.
 func (p *packets) ranking() []string {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return rank(p.standing, p.lastUp)
+	return rank(p.standing)
 }
 
 // rank orders uplinks by their round-trip time, after those that worked the ones
-// that had failed before the tunnel was last up.
-func rank(known map[string]standing, lastUp time.Time) []string {
+// that had failed while the tunnel was up.
+func rank(known map[string]standing) []string {
 	failed := func(name string) int {
-		if lastUp.Sub(known[name].fit) > failedBefore {
+		if known[name].without > failedAfter {
 			return 1
 		}
 		return 0

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -12,6 +13,7 @@ import (
 	"sheaf/daemon/control/kernel"
 	"sheaf/daemon/control/reconcile"
 	"sheaf/daemon/control/settings"
+	"sheaf/daemon/datapath/bond"
 	"sheaf/daemon/datapath/tunnel"
 	"sheaf/daemon/datapath/uplink"
 	"sheaf/webui"
@@ -231,9 +233,8 @@ func TestPathsAndDirectSources(t *testing.T) {
 }
 
 func TestRank(t *testing.T) {
-	lost := time.Now() // the tunnel was last up then
 	ago := func(d time.Duration, rtt int) standing {
-		return standing{time.Duration(rtt) * time.Millisecond, lost.Add(-d)}
+		return standing{time.Duration(rtt) * time.Millisecond, d}
 	}
 	for _, c := range []struct {
 		name  string
@@ -243,14 +244,45 @@ func TestRank(t *testing.T) {
 		{"nothing is known", nil, "[]"},
 		{"by round-trip time", map[string]standing{"a": ago(0, 40), "b": ago(0, 20), "c": ago(0, 30)}, "[b c a]"},
 		{"all fell silent, one after the other", map[string]standing{"a": ago(2*time.Second, 20), "b": ago(0, 40)}, "[a b]"},
-		{"one had failed before", map[string]standing{"a": ago(time.Minute, 20), "b": ago(0, 40)}, "[b a]"},
-		{"one never worked", map[string]standing{"a": {rtt: 1}, "b": ago(0, 40)}, "[b a]"},
+		{"one has not worked since a minute", map[string]standing{"a": ago(time.Minute, 1), "b": ago(0, 40)}, "[b a]"},
 		{"equals keep an order", map[string]standing{"b": ago(0, 20), "a": ago(0, 20)}, "[a b]"},
 	} {
-		if got := fmt.Sprint(rank(c.known, lost)); got != c.want {
+		if got := fmt.Sprint(rank(c.known)); got != c.want {
 			t.Errorf("%s: %s, want %s", c.name, got, c.want)
 		}
 	}
+}
+
+// What is lost with the concentrator, and comes back later than another uplink, has
+// not failed by itself.
+func TestStandingWhileTheTunnelIsDown(t *testing.T) {
+	known := map[string]standing{}
+	look := func(times int, alive bool, fit ...string) {
+		stats := bond.Stats{Alive: alive}
+		for _, name := range []string{"a", "b"} {
+			if slices.Contains(fit, name) {
+				stats.Links = append(stats.Links, bond.LinkStats{Name: name, MinRTT: map[string]time.Duration{"a": 20, "b": 40}[name], Fit: true})
+			}
+		}
+		for range times {
+			note(known, stats, superviseEvery)
+		}
+	}
+	expect := func(when, want string) {
+		t.Helper()
+		if got := fmt.Sprint(rank(known)); got != want {
+			t.Errorf("%s: %s, want %s", when, got, want)
+		}
+	}
+	look(10, true, "a", "b")
+	look(100, false)
+	look(4, true, "b")
+	look(1, false)
+	expect("lost again while one was not back yet", "[a b]")
+	look(30, true, "b")
+	expect("one is not back", "[b a]")
+	look(1, true, "a", "b")
+	expect("it is back", "[a b]")
 }
 
 func TestProblems(t *testing.T) {
