@@ -37,6 +37,10 @@ const (
 	// rates: until then the subflows' windows are opening, and one for the session
 	// would be in their way.
 	windowAfter = 1500 * time.Millisecond
+	// freshTime is how long a subflow that has come while the session sends counts as
+	// one that delivers as much as the fastest. What it delivers by then is what the
+	// window allows it, and with a window for the others it stays at that.
+	freshTime = 1500 * time.Millisecond
 	// windowEvery is how often a session that sends looks.
 	windowEvery = 50 * time.Millisecond
 	// A rate that was reached counts for less each time: senders pause.
@@ -48,14 +52,16 @@ const (
 // window is what a session may have under way.
 type window struct {
 	looked time.Time
-	rate   float64 // bytes per second, of all subflows
-	bytes  int     // as it was set; 0: the kernel's own
+	joined time.Time // when the number of subflows last grew
+	rate   float64   // bytes per second, of all subflows
+	bytes  int       // as it was set; 0: the kernel's own
 	losses losses
 }
 
 // capacity is what one look at the subflows finds.
 type capacity struct {
 	rate     float64       // bytes per second, of all
+	fastest  float64       // of one
 	rtt      time.Duration // the least of the slowest
 	shortest time.Duration // and that of the fastest
 	lanes    []lane
@@ -69,7 +75,9 @@ type lane struct {
 }
 
 func (c *capacity) add(info *unix.TCPInfo) {
-	c.rate += float64(info.Delivery_rate)
+	rate := float64(info.Delivery_rate)
+	c.rate += rate
+	c.fastest = max(c.fastest, rate)
 	rtt := time.Duration(info.Min_rtt) * time.Microsecond
 	if c.rtt = max(c.rtt, rtt); c.shortest == 0 || rtt < c.shortest {
 		c.shortest = rtt
@@ -114,8 +122,11 @@ func (l *losses) look(lanes []lane) bool {
 
 // size takes a look's finding. It says what the window is to be, and whether that
 // is to be told to the kernel.
-func (w *window) size(c capacity) (bytes int, set bool) {
+func (w *window) size(now time.Time, c capacity) (bytes int, set bool) {
 	w.rate = max(c.rate, w.rate*rateDecay)
+	if now.Sub(w.joined) < freshTime {
+		w.rate = max(w.rate, c.fastest*float64(len(c.lanes)))
+	}
 	wanted := w.rate * (windowTimes*max(c.rtt, leastRTT).Seconds() + windowSpread*(c.rtt-c.shortest).Seconds())
 	bytes = int(min(max(wanted, leastWindow), mostWindow))
 	change := float64(bytes-w.bytes) / float64(max(w.bytes, 1))
@@ -139,11 +150,12 @@ func (s *Session) keepWindow(now time.Time) {
 	}
 	if before := len(s.window.losses.before); before > 0 && len(c.lanes) > before {
 		s.paced = false // the new one is not, and would be slow to open its window
+		s.window.joined = now
 	}
 	if s.window.losses.look(c.lanes) {
 		s.calm.noteLoss(now)
 	}
-	if bytes, set := s.window.size(c); set {
+	if bytes, set := s.window.size(now, c); set {
 		s.wire.setSendBuffer(bytes)
 	}
 }

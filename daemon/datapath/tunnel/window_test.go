@@ -38,7 +38,7 @@ func TestWindowSize(t *testing.T) {
 			var w window
 			var got []string
 			for _, c := range test.looks {
-				bytes, set := w.size(c)
+				bytes, set := w.size(time.Now(), c)
 				if !set {
 					got = append(got, "-")
 					continue
@@ -49,6 +49,26 @@ func TestWindowSize(t *testing.T) {
 				t.Errorf("set %s, want %s", g, test.want)
 			}
 		})
+	}
+}
+
+// A subflow that comes back is bounded by the window at first: what it delivers then
+// must not keep it there.
+func TestWindowOfOneThatJoins(t *testing.T) {
+	const mbit = 1e6 / 8
+	begin := time.Now()
+	c := capacity{rate: 60 * mbit, fastest: 40 * mbit, rtt: 30 * time.Millisecond, shortest: 30 * time.Millisecond, lanes: make([]lane, 2)}
+	var alone, joined window
+	joined.joined = begin
+	got, _ := joined.size(begin.Add(freshTime-time.Millisecond), c)
+	if want, _ := alone.size(begin, capacity{rate: 80 * mbit, rtt: c.rtt, shortest: c.shortest}); got != want {
+		t.Errorf("after it joined %d bytes, want those of two that are as fast, %d", got, want)
+	}
+	var old window
+	old.joined = begin
+	got, _ = old.size(begin.Add(freshTime), c)
+	if want := leastWindow; got != want {
+		t.Errorf("later %d bytes, want what was measured, %d", got, want)
 	}
 }
 
