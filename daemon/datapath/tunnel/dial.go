@@ -218,7 +218,7 @@ func (p *Peer) connect(ctx context.Context, from source, address string) (*Sessi
 		deadline = time.Now().Add(handshakeTime)
 	}
 	_ = s.wire.SetDeadline(deadline)
-	s.tls = tls.Client(s.wire, p.Identity.clientConfig(p.Concentrator, alpn))
+	s.tls = tls.Client(s.wire, p.Identity.flowConfig(p.Concentrator))
 	if err := s.tls.HandshakeContext(ctx); err != nil {
 		_ = s.wire.Close()
 		return nil, fmt.Errorf("TLS handshake with %s: %w", conn.RemoteAddr(), err)

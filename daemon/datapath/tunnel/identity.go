@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"math/big"
+	"sync"
 	"time"
 )
 
@@ -28,6 +29,12 @@ func (k PublicKey) Fingerprint() string {
 type Identity struct {
 	private     ed25519.PrivateKey
 	certificate tls.Certificate
+
+	// A configuration is the same for every flow session, of which there are
+	// thousands.
+	mu     sync.Mutex
+	pinned PublicKey
+	client *tls.Config
 }
 
 // NewIdentity makes a fresh key.
@@ -98,6 +105,16 @@ func (id *Identity) base(protocol string) *tls.Config {
 		// relay.go sizes the records.
 		DynamicRecordSizingDisabled: true,
 	}
+}
+
+// flowConfig is the clientConfig of the sessions for flows.
+func (id *Identity) flowConfig(pinned PublicKey) *tls.Config {
+	id.mu.Lock()
+	defer id.mu.Unlock()
+	if id.client == nil || id.pinned != pinned {
+		id.pinned, id.client = pinned, id.clientConfig(pinned, alpn)
+	}
+	return id.client
 }
 
 // clientConfig accepts exactly the concentrator with the pinned key.
