@@ -29,6 +29,9 @@ const (
 	// askTime bounds one question. Several are under way at once, as a new one
 	// gets through sooner than a retransmission of an old one.
 	askTime = time.Second
+	// askBriskly is how often there is a question while flows move and nothing
+	// answers.
+	askBriskly = 80 * time.Millisecond
 	// askSlowly is how often there is a question after the first minute.
 	askSlowly = 2 * time.Second
 	// movedEvery is how often flows are looked at, and movedBytes how much makes
@@ -51,6 +54,7 @@ type silence struct {
 	asked    map[string]time.Time
 	quiet    map[string]time.Time // by uplink.Watch, since then
 	since    map[string]time.Time // of silent ones
+	moves    bool                 // flows do
 }
 
 func newSilence() *silence {
@@ -92,17 +96,37 @@ func (s *silence) look(now time.Time, signs map[string]uplink.Signs) (ask, falle
 			if was.IsZero() {
 				fallen = append(fallen, name)
 			}
-			every := uplink.AskEvery
-			if now.Sub(since) > time.Minute && now.Sub(s.answered[name]) > askSlowly {
-				every = askSlowly
-			}
-			if now.Sub(s.asked[name]) >= every {
+			if now.Sub(s.asked[name]) >= s.everyLocked(now, name) {
 				s.asked[name] = now
 				ask = append(ask, name)
 			}
 		}
 	}
 	return ask, fallen, back
+}
+
+// everyLocked is the time between two questions over a silent uplink.
+func (s *silence) everyLocked(now time.Time, name string) time.Duration {
+	switch unanswered := now.Sub(s.answered[name]); {
+	case unanswered > askSlowly && now.Sub(s.since[name]) > time.Minute:
+		return askSlowly
+	case unanswered > 2*uplink.AskEvery && s.moves:
+		return askBriskly
+	}
+	return uplink.AskEvery
+}
+
+// due says whether there is a question to be asked while flows move, or not.
+func (s *silence) due(now time.Time, moves bool) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.moves = moves
+	for name := range s.since {
+		if now.Sub(s.asked[name]) >= s.everyLocked(now, name) {
+			return true
+		}
+	}
+	return false
 }
 
 func (s *silence) heard(name string, now time.Time) {
@@ -270,11 +294,13 @@ func (r *Router) watchFlows(ctx context.Context) {
 				tick.Reset(movedEvery)
 			}
 		}
+		due := r.silence.due(now, watch != nil)
 		if watch == nil {
 			continue
 		}
-		if quiet := watch.Look(now, r.heard(now)); len(quiet) > 0 {
-			r.silence.fell(quiet)
+		quiet := watch.Look(now, r.heard(now))
+		r.silence.fell(quiet)
+		if due || len(quiet) > 0 {
 			r.supervise(ctx)
 		}
 	}

@@ -38,9 +38,10 @@ const (
 	// would be in their way.
 	windowAfter = 1500 * time.Millisecond
 	// freshTime is how long a subflow that has come while the session sends counts as
-	// one that delivers as much as the fastest. What it delivers by then is what the
-	// window allows it, and with a window for the others it stays at that.
-	freshTime = 1500 * time.Millisecond
+	// freshTimes as much as the fastest delivers. What it delivers itself by then is
+	// what the window allows it, and with a window for the others it stays at that.
+	freshTime  = 1500 * time.Millisecond
+	freshTimes = 2
 	// windowEvery is how often a session that sends looks.
 	windowEvery = 50 * time.Millisecond
 	// A rate that was reached counts for less each time: senders pause.
@@ -125,7 +126,7 @@ func (l *losses) look(lanes []lane) bool {
 func (w *window) size(now time.Time, c capacity) (bytes int, set bool) {
 	w.rate = max(c.rate, w.rate*rateDecay)
 	if now.Sub(w.joined) < freshTime {
-		w.rate = max(w.rate, c.fastest*float64(len(c.lanes)))
+		w.rate = max(w.rate, c.fastest*float64(len(c.lanes)-1+freshTimes))
 	}
 	wanted := w.rate * (windowTimes*max(c.rtt, leastRTT).Seconds() + windowSpread*(c.rtt-c.shortest).Seconds())
 	bytes = int(min(max(wanted, leastWindow), mostWindow))
