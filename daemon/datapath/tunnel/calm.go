@@ -39,12 +39,13 @@ func (c *calm) noteLoss(now time.Time) {
 	}
 }
 
+// loses says whether an uplink counts as one that loses packets.
+func (c *calm) loses(now time.Time) bool {
+	return c != nil && now.UnixNano() < c.lossy.Load()
+}
+
 func (c *calm) wanted() bool {
-	if c.missing.Load() {
-		return false
-	}
-	until := c.lossy.Load()
-	return c.on.Load() || until != 0 && time.Now().UnixNano() < until
+	return !c.missing.Load() && (c.on.Load() || c.loses(time.Now()))
 }
 
 func newCalm(log *slog.Logger) *calm { return &calm{log: log} }

@@ -233,9 +233,8 @@ func (f *flow) pump(opening []byte) {
 		s.keepScheduler()
 		if moved >= earlyBytes {
 			s.keepPaced()
-			if now := time.Now(); now.Sub(f.since) >= windowAfter {
-				s.keepWindow(now)
-			}
+			now := time.Now()
+			s.keepWindow(now, now.Sub(f.since))
 		}
 		record, limit := recordPayload, batch*recordPayload-frameHeader
 		if moved < earlyBytes {

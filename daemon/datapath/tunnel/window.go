@@ -26,6 +26,10 @@ const (
 	// windowSpread is as much again of the difference between the uplinks' times:
 	// what came by the fast one waits at the receiver for what the slow one brings.
 	windowSpread = 3
+	// windowLossy is as much again while an uplink loses packets: what is lost comes a
+	// round trip later, and what the others bring waits for it at the receiver. Half as
+	// much again because the kernel wakes a writer when a third of the window is free.
+	windowLossy = 1.5
 	// leastRTT stands for round-trip times that are shorter: at those the window
 	// decides nothing, and the processors want to be used.
 	leastRTT = 20 * time.Millisecond
@@ -66,6 +70,7 @@ type capacity struct {
 	rtt      time.Duration // the least of the slowest
 	shortest time.Duration // and that of the fastest
 	lanes    []lane
+	lossy    bool // an uplink loses packets, or did so lately
 }
 
 // lane is what one subflow has sent, in segments, and whether its uplink's queue is
@@ -88,35 +93,42 @@ func (c *capacity) add(info *unix.TCPInfo) {
 }
 
 const (
-	// An uplink loses packets when lossyShare of at least lossySegments were sent
-	// again while its queue was short: what a full queue drops is congestion.
+	// An uplink loses packets when lossyShare of at least lossySegments, and at least
+	// lossyLeast, were sent again while its queue was short: what a full queue drops
+	// is congestion.
 	lossyShare    = 0.003
-	lossySegments = 400
+	lossySegments = 200
+	lossyLeast    = 3
 	// lossesForgotten is after how many segments the counts are halved.
-	lossesForgotten = 4 * lossySegments
+	lossesForgotten = 1600
 )
 
-// losses count what was sent again though no queue was long.
+// losses count, for each subflow, what was sent again though no queue was long.
 type losses struct {
-	before      []lane
-	sent, again float64
+	before []lane
+	counts []lossCount
 }
 
+type lossCount struct{ sent, again float64 }
+
 // look takes a look's finding, and says whether an uplink loses packets.
-func (l *losses) look(lanes []lane) bool {
-	if len(lanes) == len(l.before) { // else one has come or gone, and they do not say which
-		for i, now := range lanes {
-			before := l.before[i]
-			if now.short && before.short && now.sent >= before.sent && now.again >= before.again {
-				l.sent += float64(now.sent - before.sent)
-				l.again += float64(now.again - before.again)
-			}
-		}
-	}
+func (l *losses) look(lanes []lane) (lossy bool) {
+	before := l.before
 	l.before = lanes
-	lossy := l.sent >= lossySegments && l.again >= lossyShare*l.sent
-	if l.sent > lossesForgotten {
-		l.sent, l.again = l.sent/2, l.again/2
+	if len(lanes) != len(before) { // one has come or gone, and they do not say which
+		l.counts = make([]lossCount, len(lanes))
+		return false
+	}
+	for i, now := range lanes {
+		before, c := before[i], &l.counts[i]
+		if now.short && before.short && now.sent >= before.sent && now.again >= before.again {
+			c.sent += float64(now.sent - before.sent)
+			c.again += float64(now.again - before.again)
+		}
+		lossy = lossy || c.sent >= lossySegments && c.again >= max(lossyLeast, lossyShare*c.sent)
+		if c.sent > lossesForgotten {
+			c.sent, c.again = c.sent/2, c.again/2
+		}
 	}
 	return lossy
 }
@@ -128,7 +140,11 @@ func (w *window) size(now time.Time, c capacity) (bytes int, set bool) {
 	if now.Sub(w.joined) < freshTime {
 		w.rate = max(w.rate, c.fastest*float64(len(c.lanes)-1+freshTimes))
 	}
-	wanted := w.rate * (windowTimes*max(c.rtt, leastRTT).Seconds() + windowSpread*(c.rtt-c.shortest).Seconds())
+	times := windowTimes
+	if c.lossy {
+		times += windowLossy
+	}
+	wanted := w.rate * (times*max(c.rtt, leastRTT).Seconds() + windowSpread*(c.rtt-c.shortest).Seconds())
 	bytes = int(min(max(wanted, leastWindow), mostWindow))
 	change := float64(bytes-w.bytes) / float64(max(w.bytes, 1))
 	if -windowChange < change && change < windowChange {
@@ -138,9 +154,9 @@ func (w *window) size(now time.Time, c capacity) (bytes int, set bool) {
 	return bytes, true
 }
 
-// keepWindow makes the session's window what it should be. Only the goroutine
-// that sends a flow's bytes calls it.
-func (s *Session) keepWindow(now time.Time) {
+// keepWindow makes the session's window what it should be, for a flow of this
+// age. Only the goroutine that sends a flow's bytes calls it.
+func (s *Session) keepWindow(now time.Time, age time.Duration) {
 	if now.Sub(s.window.looked) < windowEvery {
 		return
 	}
@@ -156,6 +172,10 @@ func (s *Session) keepWindow(now time.Time) {
 	if s.window.losses.look(c.lanes) {
 		s.calm.noteLoss(now)
 	}
+	if age < windowAfter {
+		return
+	}
+	c.lossy = s.calm.loses(now)
 	if bytes, set := s.window.size(now, c); set {
 		s.wire.setSendBuffer(bytes)
 	}
