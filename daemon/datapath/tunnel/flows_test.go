@@ -157,6 +157,32 @@ func TestFlowsAreListedWithTheirBytes(t *testing.T) {
 	in.until("one of two", 1, func(list []Flow, total int) bool { return total == 2 && len(list) == 1 && list[0].Sent == 2000 })
 }
 
+// During an upload nothing comes but acknowledgements, and they count.
+func TestAnUploadHearsItsAcknowledgements(t *testing.T) {
+	b := newBond(t)
+	client, _ := b.connect(destination(t, func(c *net.TCPConn) { _, _ = io.Copy(io.Discard, c) }))
+	deadline := time.Now().Add(15 * time.Second)
+	for {
+		if _, err := client.Write(make([]byte, 100_000)); err != nil {
+			t.Fatal(err)
+		}
+		b.pool.mu.Lock()
+		for s := range b.pool.sessions {
+			s.heard.Store(time.Now().Add(-time.Minute).UnixNano())
+		}
+		b.pool.mu.Unlock()
+		begin := time.Now()
+		at := b.pool.Heard()[netip.MustParseAddr("127.0.0.1")]
+		if begin.Sub(at) < time.Second {
+			return
+		}
+		if begin.After(deadline) {
+			t.Fatalf("last heard %v ago, while sending", begin.Sub(at))
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
 // BenchmarkAccount is what the account costs a flow.
 func BenchmarkAccount(b *testing.B) {
 	bond := newBond(b)

@@ -850,7 +850,9 @@ func (p *Pool) Heard() map[netip.Addr]time.Time {
 	p.mu.Lock()
 	var some []*Session
 	for s := range p.sessions {
-		if s.busy() && s.silence(time.Now()) < time.Second {
+		// One that only sends hears acknowledgements, but the kernel keeps them to
+		// itself.
+		if s.busy() && s.pause(time.Now()) < time.Second {
 			if some = append(some, s); len(some) == enough {
 				break
 			}

@@ -307,6 +307,7 @@ func (f *flow) sendData(b *buffer, n int, opening []byte, record int, end bool) 
 		return false
 	}
 	s.sent.Add(uint64(n))
+	s.spoke.Store(time.Now().UnixNano())
 	to := headroom + n
 	if end {
 		f.sentEnd = true

@@ -73,6 +73,7 @@ type Session struct {
 	number   uint32 // of the last flow opened
 	pong     chan struct{}
 	heard    atomic.Int64 // when something last arrived, Unix ns
+	spoke    atomic.Int64 // when a flow last sent something, Unix ns
 	sent     atomic.Uint64
 	received atomic.Uint64
 	account  account
@@ -397,6 +398,11 @@ func (s *Session) busy() bool {
 // silence is how long nothing has come from the peer.
 func (s *Session) silence(now time.Time) time.Duration {
 	return time.Duration(now.UnixNano() - s.heard.Load())
+}
+
+// pause is how long the session has carried nothing, either way.
+func (s *Session) pause(now time.Time) time.Duration {
+	return time.Duration(now.UnixNano() - max(s.heard.Load(), s.spoke.Load()))
 }
 
 // Ping asks the peer for a sign of life.
