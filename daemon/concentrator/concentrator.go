@@ -95,9 +95,7 @@ func Run(ctx context.Context, c Config) error {
 	}
 	con := &Concentrator{store: store, server: tunnel.NewServer(store.Identity(), store, dial, c.Log)}
 	ports := egress.ForwardPolicy{Ports: c.ForwardPorts}
-	for _, l := range listeners {
-		ports.Reserved = append(ports.Reserved, uint16(l.Addr().(*net.TCPAddr).Port))
-	}
+	ports.Reserved = append(ports.Reserved, portsOf(listeners)...)
 	con.packets = newPackets(c.Log, store, policy, ports, con.server.OpenInbound)
 	con.packets.calm, con.packets.schedule = con.server.SetCalm, con.server.SetScheduler
 	if c.ConnectRouters {
@@ -118,6 +116,7 @@ func Run(ctx context.Context, c Config) error {
 		work.Go(func() error { return gateway.run(ctx) })
 	}
 	work.Go(func() error { con.server.Serve(ctx, listeners...); return nil })
+	work.Go(func() error { tend(ctx, con.server, portsOf(listeners), c.Log); return nil })
 	work.Go(func() error { con.server.ServeDatagrams(ctx, sockets...); return nil })
 	work.Go(func() error { return webui.Serve(ctx, socket, webui.NewConcentratorHandler(con, c.Log)) })
 	err = work.Wait()

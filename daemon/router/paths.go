@@ -179,6 +179,15 @@ func (s *subflows) pass(now time.Time) (again time.Duration) {
 			again = min(again, s.tried[key(w)].until.Sub(now))
 		}
 	}
+	if len(s.sessions.Tokens()) > 0 {
+		ended, err := s.kernel.AbortClosed(s.sessions.Tokens)
+		if err != nil {
+			failures = append(failures, err)
+		}
+		if ended > 0 {
+			s.log.Debug("closed subflows that had still something to send have been ended", "number", ended)
+		}
+	}
 	s.report(errors.Join(failures...))
 	return again
 }

@@ -363,9 +363,8 @@ func (r *Router) setPeer() {
 			Multipath: multipath, Joins: multipath && s.Multipath.PathManager == settings.PathManagerFullmesh,
 			Variant: fmt.Sprint(s.Multipath, r.handed.Load()), Software: "sheafd " + r.config.Version,
 		}
-		// v0.9x has these path managers itself.
-		if multipath && r.mptcp == kernel.Upstream && s.Multipath.PathManager.Userspace() {
-			peer.Managed = r.subflows.sessions
+		if multipath && r.mptcp == kernel.Upstream { // v0.9x has all path managers itself
+			peer.Managed, peer.ManagesPaths = r.subflows.sessions, s.Multipath.PathManager.Userspace()
 		}
 	}
 	r.pool.SetPeer(peer)

@@ -1,6 +1,7 @@
 package desired
 
 import (
+	"cmp"
 	"fmt"
 	"hash/fnv"
 	"net/netip"
@@ -126,7 +127,8 @@ func (c SetSubflowBackup) String() string {
 // tried now.
 //
 // What is not wanted goes once something else carries, or when nothing is about
-// to.
+// to. While nothing carries, every way is tried, backups too, and the first that
+// gets through is kept.
 func DiffSubflows(m settings.Multipath, ways []Way, have []Subflow, remote netip.AddrPort, mayOpen func(Way) bool) []SubflowChange {
 	switch {
 	case m.PathManager == settings.PathManagerNetlink:
@@ -191,12 +193,29 @@ func wantedOn(m settings.Multipath, ways []Way, on [][]Subflow) []int {
 	if len(ways) == 0 {
 		return wanted
 	}
+	carrying := func(i int) (n int) {
+		for _, f := range on[i] {
+			if !f.Joining {
+				n++
+			}
+		}
+		return n
+	}
+	lost := true
+	for i := range ways {
+		lost = lost && carrying(i) == 0
+	}
 	switch m.PathManager {
 	case settings.PathManagerDefault, settings.PathManagerNdiffports:
+		if lost {
+			for i := range ways {
+				wanted[i] = 1
+			}
+		}
 		// A session stays where it is, as long as it may.
 		best := 0
 		for i, way := range ways {
-			if way.Backup == ways[0].Backup && len(on[i]) > len(on[best]) {
+			if way.Backup == ways[0].Backup && cmp.Or(cmp.Compare(carrying(i), carrying(best)), cmp.Compare(len(on[i]), len(on[best]))) > 0 {
 				best = i
 			}
 		}

@@ -93,7 +93,11 @@ func TestDiffSubflows(t *testing.T) {
 
 		{"fullmesh is as binder", "fullmesh", two, "10.1.0.2:1001#0, 10.1.0.2:1002#6", opens("lte", "10.2.0.2", id2) + "\nclose 10.1.0.2:1002"},
 		{"default keeps one", "default", two, "10.1.0.2:1001#0, 10.1.0.2:1002#6, 10.2.0.2:1003#59", "close 10.1.0.2:1002\nclose 10.2.0.2:1003"},
-		{"default opens one when there is none", "default", two, "", opens("dsl", "10.1.0.2", id1)},
+		{"default tries every uplink when there is none", "default", two, "", opens("dsl", "10.1.0.2", id1) + "\n" + opens("lte", "10.2.0.2", id2)},
+		{"and the others while one joins", "default", two, "10.1.0.2:1001#6 joining", opens("lte", "10.2.0.2", id2)},
+		{"a backup, too", "default", "dsl 10.1.0.2 later, lte 10.2.0.2 backup", "10.3.0.2:1001#0", opens("lte", "10.2.0.2", id2) + " backup"},
+		{"and keeps the first that gets through", "default", two, "10.1.0.2:1001#6 joining, 10.2.0.2:1002#59", "close 10.1.0.2:1001"},
+		{"ndiffports, too", "ndiffports", two, "10.1.0.2:1001#6 joining, 10.1.0.2:1002#6 joining, 10.1.0.2:1003#6 joining", opens("lte", "10.2.0.2", id2)},
 		{"default leaves what is gone", "default", "lte 10.2.0.2", "10.1.0.2:1001#0, 10.2.0.2:1003#59", "close 10.1.0.2:1001 and remove id 0"},
 		{"disabled is as default", "disabled", two, "10.1.0.2:1001#0", ""},
 		{"netlink is another's business", "netlink", "lte 10.2.0.2", "10.1.0.2:1001#0, 10.1.0.2:1002#6", ""},

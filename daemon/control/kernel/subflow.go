@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/mdlayher/genetlink"
@@ -20,6 +21,7 @@ import (
 // net.mptcp.pm_type 1 (userspace path manager, Linux 5.19):
 //
 //	Subflows ◀── sock_diag          what there is
+//	AbortClosed, AbortSubflows ──▶  what is to be no more, at once
 //	ChangeSubflow ──▶ mptcp_pm      SUBFLOW_CREATE, SUBFLOW_DESTROY, REMOVE, SET_FLAGS
 //	FollowSubflows ◀── mptcp_pm's   a subflow came or went: read again
 //	                   events group
@@ -44,18 +46,26 @@ const (
 // From include/uapi/linux/sock_diag.h, inet_diag.h and mptcp.h.
 const (
 	sockDiagByFamily = 20
+	sockDestroy      = 21
 	sizeDiagRequest  = 56 // struct inet_diag_req_v2
 	sizeDiagMessage  = 72 // struct inet_diag_msg
+	sizeDiagID       = 48 // struct inet_diag_sockid: in the request at 8, in the message at 4
 
 	diagInfo            = 2  // INET_DIAG_INFO: without it, the kernel tells nothing of ULPs either
 	diagULPInfo         = 19 // INET_DIAG_ULP_INFO
 	ulpInfoMPTCP        = 3  // INET_ULP_INFO_MPTCP
+	subflowTokenLoc     = 2  // MPTCP_SUBFLOW_ATTR_TOKEN_LOC
 	subflowFlags        = 8  // MPTCP_SUBFLOW_ATTR_FLAGS
 	subflowIDLoc        = 10 // MPTCP_SUBFLOW_ATTR_ID_LOC
 	flagBackupLocal     = 1 << 5
 	tcpEstablished      = 1
 	tcpSynSent          = 2
+	tcpFinWait1         = 4
+	tcpLastAck          = 9
+	tcpClosing          = 11
 	stateJoiningOrAlive = 1<<tcpEstablished | 1<<tcpSynSent
+	// What is closed at this end, and has still something to send.
+	stateClosed = 1<<tcpFinWait1 | 1<<tcpLastAck | 1<<tcpClosing
 )
 
 // ErrNotManaged says that there is no such session, or that the kernel manages
@@ -68,39 +78,124 @@ type Ends struct{ Local, Remote netip.AddrPort }
 // Subflows reads every subflow of the namespace, whose ever it is, to a port of
 // the other end.
 func (k *Kernel) Subflows(port uint16) (map[Ends]desired.Subflow, error) {
+	all := map[Ends]desired.Subflow{}
+	err := k.diagnose(stateJoiningOrAlive, 0, port, func(f diagnosed) error {
+		all[Ends{f.Local, f.Remote}] = f.Subflow
+		return nil
+	})
+	return all, err
+}
+
+// AbortClosed ends the subflows that have been closed while their connection
+// lives on, and says how many there were. What they hold unsent the kernel has
+// given to others: it is hundreds of kilobytes that would go over the uplink all
+// the same once it works again, in front of everything else, and until then the
+// peer counts them among its own. alive, called once what is closed is known, are
+// the tokens of connections that nobody has begun to close.
+//
+// Kernels before 6.12 leave such sockets as they are.
+func (k *Kernel) AbortClosed(alive func() map[uint32]bool) (ended int, err error) {
+	var closed []diagnosed
+	err = k.diagnose(stateClosed, 0, 0, func(f diagnosed) error {
+		closed = append(closed, f)
+		return nil
+	})
+	if err != nil || len(closed) == 0 {
+		return 0, err
+	}
+	tokens := alive()
+	closed = slices.DeleteFunc(closed, func(f diagnosed) bool { return !tokens[f.token] })
+	return k.destroy(closed)
+}
+
+// AbortSubflows ends these established subflows, from a port of this end. The
+// peer is told by RST.
+func (k *Kernel) AbortSubflows(port uint16, which []Ends) (ended int, err error) {
+	var found []diagnosed
+	err = k.diagnose(1<<tcpEstablished, port, 0, func(f diagnosed) error {
+		if slices.Contains(which, Ends{f.Local, f.Remote}) {
+			found = append(found, f)
+		}
+		return nil
+	})
+	if err != nil {
+		return 0, err
+	}
+	return k.destroy(found)
+}
+
+// diagnosed is a subflow as the kernel tells of it.
+type diagnosed struct {
+	desired.Subflow
+	token   uint32 // of its connection, at this end
+	message []byte // struct inet_diag_msg
+}
+
+// diagnose tells of every subflow of the namespace that is in one of these states
+// and has these ports at this end and the other; 0 is any.
+func (k *Kernel) diagnose(states uint32, here, there uint16, found func(diagnosed) error) error {
 	conn, err := netlink.Dial(unix.NETLINK_SOCK_DIAG, &netlink.Config{NetNS: int(k.namespace.Fd())})
 	if err != nil {
-		return nil, fmt.Errorf("open a netlink socket for socket diagnosis: %w", err)
+		return fmt.Errorf("open a netlink socket for socket diagnosis: %w", err)
 	}
 	defer func() { _ = conn.Close() }()
-	all := map[Ends]desired.Subflow{}
 	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
 		request := make([]byte, sizeDiagRequest)
 		request[0], request[1], request[2] = family, unix.IPPROTO_TCP, 1<<(diagInfo-1)
-		binary.NativeEndian.PutUint32(request[4:], stateJoiningOrAlive)
-		binary.BigEndian.PutUint16(request[10:], port) // the destination's
+		binary.NativeEndian.PutUint32(request[4:], states)
+		binary.BigEndian.PutUint16(request[8:], here)
+		binary.BigEndian.PutUint16(request[10:], there)
 		messages, err := conn.Execute(netlink.Message{
 			Header: netlink.Header{Type: sockDiagByFamily, Flags: netlink.Request | netlink.Dump}, Data: request,
 		})
 		if err != nil {
-			return nil, fmt.Errorf("list TCP connections to port %d: %w", port, err)
+			return fmt.Errorf("list TCP connections from port %d to port %d (0 is any): %w", here, there, err)
 		}
 		for _, m := range messages {
 			f, ok, err := decodeSubflow(m.Data)
-			if err != nil {
-				return nil, fmt.Errorf("list TCP connections to port %d: %w", port, err)
+			if err == nil && ok {
+				err = found(f)
 			}
-			if ok {
-				all[Ends{f.Local, f.Remote}] = f
+			if err != nil {
+				return fmt.Errorf("list TCP connections from port %d to port %d (0 is any): %w", here, there, err)
 			}
 		}
 	}
-	return all, nil
+	return nil
+}
+
+// destroy ends sockets, by the cookies that tell them from later ones with the
+// same ends. Those that have gone meanwhile are as wanted.
+func (k *Kernel) destroy(sockets []diagnosed) (ended int, err error) {
+	if len(sockets) == 0 {
+		return 0, nil
+	}
+	conn, err := netlink.Dial(unix.NETLINK_SOCK_DIAG, &netlink.Config{NetNS: int(k.namespace.Fd())})
+	if err != nil {
+		return 0, fmt.Errorf("open a netlink socket for socket diagnosis: %w", err)
+	}
+	defer func() { _ = conn.Close() }()
+	for _, s := range sockets {
+		request := make([]byte, sizeDiagRequest)
+		request[0], request[1] = s.message[0], unix.IPPROTO_TCP
+		copy(request[8:], s.message[4:4+sizeDiagID])
+		_, err := conn.Execute(netlink.Message{
+			Header: netlink.Header{Type: sockDestroy, Flags: netlink.Request | netlink.Acknowledge}, Data: request,
+		})
+		switch {
+		case err == nil:
+			ended++
+		case !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ESTALE):
+			return ended, fmt.Errorf("end the TCP connection from %s to %s: %w (it takes CAP_NET_ADMIN and CONFIG_INET_DIAG_DESTROY)", s.Local, s.Remote, err)
+		}
+	}
+	return ended, nil
 }
 
 // decodeSubflow reads a struct inet_diag_msg and what follows it; ok says whether
 // it is a subflow.
-func decodeSubflow(data []byte) (f desired.Subflow, ok bool, err error) {
+func decodeSubflow(data []byte) (f diagnosed, ok bool, err error) {
+	f.message = data
 	if len(data) < sizeDiagMessage {
 		return f, false, fmt.Errorf("an answer has %d bytes, of at least %d", len(data), sizeDiagMessage)
 	}
@@ -131,6 +226,8 @@ func decodeSubflow(data []byte) (f desired.Subflow, ok bool, err error) {
 				a.Nested(func(a *netlink.AttributeDecoder) error {
 					for a.Next() {
 						switch a.Type() {
+						case subflowTokenLoc:
+							f.token = a.Uint32()
 						case subflowFlags:
 							f.Backup = a.Uint32()&flagBackupLocal != 0
 						case subflowIDLoc:
@@ -179,8 +276,12 @@ func (k *Kernel) ChangeSubflow(token uint32, change desired.SubflowChange) (err 
 	if err == nil {
 		return nil
 	}
-	if words := refusal(err); strings.Contains(words, "userspace PM not selected") || strings.Contains(words, "invalid token") {
+	words := refusal(err)
+	switch {
+	case strings.Contains(words, "userspace PM not selected") || strings.Contains(words, "invalid token"):
 		return ErrNotManaged
+	case errors.Is(err, unix.ENOTCONN), strings.Contains(words, "subflow not found"):
+		return nil // the session is about to end, or the subflow has just ended by itself
 	}
 	return fmt.Errorf("%s: %w", change, err)
 }

@@ -262,6 +262,10 @@ func (v *Server) introduce(conn *net.TCPConn) (*Session, greeting, error) {
 	if err != nil {
 		return nil, g, errors.Join(err, s.sendControl(frameRefuse, refusal(err)))
 	}
+	if err := s.settle(); err != nil {
+		v.release(g)
+		return nil, g, err
+	}
 	s.decoder.packets = g.Role == rolePackets
 	s.calm = v.calmOf(g.key)
 	if err := s.sendControl(frameWelcome, g.welcome); err != nil {

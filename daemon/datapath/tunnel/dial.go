@@ -21,8 +21,10 @@ type Peer struct {
 	// Joins says that the kernel opens a subflow over every path, so that a
 	// session without one is not as it should be.
 	Joins bool
-	// Managed, if set, is told of every session over MPTCP.
-	Managed *Managed
+	// Managed, if set, is told of every session over MPTCP, and that the daemon
+	// opens and closes its subflows if it ManagesPaths.
+	Managed      *Managed
+	ManagesPaths bool
 	// Variant is any text: sessions dialled under another one are replaced. It
 	// stands for settings that the kernel applies to new connections only.
 	Variant  string
@@ -55,7 +57,7 @@ func (p *Peer) greet(ctx context.Context, from source, address string, h hello) 
 		_ = s.wire.Close()
 		return nil, welcome{}, err
 	}
-	p.Managed.add(s)
+	p.Managed.add(s, p.ManagesPaths)
 	return s, w, nil
 }
 
@@ -240,7 +242,7 @@ func (s *Session) introduce(kind frameKind, h hello) (welcome, error) {
 	if err != nil {
 		return welcome{}, err
 	}
-	return w, s.wire.SetDeadline(time.Time{})
+	return w, errors.Join(s.settle(), s.wire.SetDeadline(time.Time{}))
 }
 
 // readAnswer reads WELCOME; REFUSE is a *RefusedError.

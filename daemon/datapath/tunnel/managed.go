@@ -3,6 +3,8 @@ package tunnel
 import (
 	"errors"
 	"fmt"
+	"iter"
+	"maps"
 	"math/rand/v2"
 	"net/netip"
 	"sync"
@@ -10,13 +12,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Managed are the live sessions whose subflows the daemon opens and closes itself,
-// of every role: those dialled with a Peer that has it.
+// Managed are the live sessions over MPTCP, of every role: those dialled with a
+// Peer that has it. Of some the daemon opens and closes the subflows itself.
 type Managed struct {
 	changed func()
 
 	mu       sync.Mutex
-	sessions map[*Session]bool
+	sessions map[*Session]bool // whether it does
 }
 
 // NewManaged returns a Managed that calls changed for every session that is added
@@ -25,36 +27,57 @@ func NewManaged(changed func()) *Managed {
 	return &Managed{changed: changed, sessions: map[*Session]bool{}}
 }
 
-func (m *Managed) add(s *Session) {
+func (m *Managed) add(s *Session, manages bool) {
 	if m == nil || !s.multipath {
 		return
 	}
 	m.mu.Lock()
-	m.sessions[s] = true
+	m.sessions[s] = manages
 	m.mu.Unlock()
-	m.changed()
+	if manages {
+		m.changed()
+	}
 }
 
-// Drop leaves a session to others.
+// Drop leaves a session's subflows to others.
 func (m *Managed) Drop(s *Session) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	delete(m.sessions, s)
+	m.sessions[s] = false
 }
 
-// Sessions are those that have not ended.
+// Sessions are those that have not ended and whose subflows are the daemon's.
 func (m *Managed) Sessions() []*Session {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	var live []*Session
-	for s := range m.sessions {
-		if isClosed(s.done) {
+	for s, manages := range m.sessions {
+		switch {
+		case isClosed(s.done):
 			delete(m.sessions, s)
-		} else {
+		case manages:
 			live = append(live, s)
 		}
 	}
 	return live
+}
+
+// Tokens are those by which the kernel knows the sessions that have not begun to
+// end.
+func (m *Managed) Tokens() map[uint32]bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return tokens(maps.Keys(m.sessions))
+}
+
+func tokens(sessions iter.Seq[*Session]) map[uint32]bool {
+	all := map[uint32]bool{}
+	for s := range sessions {
+		if s.multipath && !s.ending.Load() {
+			all[s.token] = true
+		}
+	}
+	return all
 }
 
 // Ends are the two ends of a subflow.

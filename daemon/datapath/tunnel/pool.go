@@ -53,8 +53,9 @@ const (
 	// that it lives.
 	checkTime = time.Second
 
-	// strandedTime is how long a session may have no subflow over a fit path.
-	strandedTime = 5 * time.Second
+	// strandedTime is how long a session may have no subflow over a fit path, as
+	// long as clients wait for the tunnel.
+	strandedTime = 30 * time.Second
 
 	maintainEvery = 500 * time.Millisecond
 )

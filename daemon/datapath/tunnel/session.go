@@ -13,6 +13,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // The versions of the tunnel protocol that this code speaks.
@@ -54,7 +56,8 @@ type Session struct {
 	wire      *wire
 	tls       *tls.Conn
 	decoder   decoder
-	multipath bool // MPTCP was negotiated; false: plain TCP
+	multipath bool   // MPTCP was negotiated; false: plain TCP
+	token     uint32 // by which the kernel knows it, over MPTCP
 
 	// open is set at the end that flows are opened towards: it reads the payload of
 	// an OPEN frame and dials where the flow is to go.
@@ -79,7 +82,8 @@ type Session struct {
 	account  account
 
 	closing sync.Once
-	err     error // why the session ended; read after done is closed
+	ending  atomic.Bool // it is about to be closed, or has been
+	err     error       // why the session ended; read after done is closed
 	done    chan struct{}
 }
 
@@ -100,6 +104,24 @@ func newSession(conn *net.TCPConn) (*Session, error) {
 	return s, nil
 }
 
+// settle finds out, after the first bytes both ways, whether the session is over
+// MPTCP for good. Until then a connection can still fall back to plain TCP: where
+// the end of the handshake and the first bytes were lost, the next packet that gets
+// through is taken for that of a peer without MPTCP (Linux 6.18).
+func (s *Session) settle() error {
+	if !s.multipath || s.wire.outOfTree != nil {
+		return nil
+	}
+	var info mptcpInfoHead
+	var inner error
+	err := s.wire.raw.Control(func(fd uintptr) { info, inner = readMPTCPInfo(fd) })
+	if errors.Is(inner, unix.EOPNOTSUPP) || errors.Is(inner, unix.ENOPROTOOPT) { // by the family of addresses
+		s.multipath, inner = false, nil
+	}
+	s.token = info.Token
+	return errors.Join(err, inner)
+}
+
 // Done is closed when the session has ended.
 func (s *Session) Done() <-chan struct{} { return s.done }
 
@@ -109,6 +131,7 @@ func (s *Session) Close() { s.fail(errSessionClosed) }
 func (s *Session) fail(err error) {
 	s.closing.Do(func() {
 		s.err = err
+		s.ending.Store(true)
 		_ = s.wire.Close()
 		close(s.done)
 		if f := s.flow.Load(); f != nil {

@@ -237,7 +237,10 @@ const mptcpInfo = 1 // MPTCP_INFO, include/uapi/linux/mptcp.h, Linux 5.16 and la
 
 // mptcpInfoHead is the beginning of struct mptcp_info, as Linux 5.16 had it.
 type mptcpInfoHead struct {
-	_                      [8]byte // numbers of subflows and addresses
+	Subflows               uint8 // besides the first
+	_                      [2]byte
+	SubflowsMax            uint8 // of these the kernel accepts no more
+	_                      [4]byte
 	Flags, Token           uint32
 	WriteSeq, SndUna, Next uint64
 }
