@@ -1,9 +1,11 @@
 package kernel
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"net"
 	"net/netip"
@@ -11,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 	"unsafe"
 
 	"github.com/vishvananda/netlink"
@@ -208,13 +211,95 @@ func TestPeerIsTold(t *testing.T) {
 		t.Fatalf("the peer has %s", ends())
 	}
 	// Nothing that leaves by wan2 arrives any more.
-	wan2, err := netlink.LinkByName("wan2")
-	must(t, err)
-	must(t, netlink.NeighSet(&netlink.Neigh{LinkIndex: wan2.Attrs().Index, IP: net.ParseIP("10.2.0.1"), HardwareAddr: net.HardwareAddr{2, 0, 0, 0, 0, 9}, State: netlink.NUD_PERMANENT}))
+	deaf(t, "wan2", "10.2.0.1")
 	m.ways = m.ways[:1]
 	m.settle()
 	eventually(t, "the peer's end", func() (bool, string) { list := ends(); return !strings.Contains(list, "10.2.0.2"), list })
 	must(t, echo(m.conn))
+}
+
+// TestAbortClosed: a subflow that is closed while its uplink carries nothing stays
+// with what it has to send, until it is ended. The connection loses nothing by it.
+func TestAbortClosed(t *testing.T) {
+	m := newManaged(t, newBonded(t))
+	m.settle()
+	m.expect("10.1.0.2 10.2.0.2")
+	deaf(t, "wan2", "10.2.0.1")
+	sent := make([]byte, 4<<20)
+	for i := range sent {
+		sent[i] = byte(i >> 10)
+	}
+	m.conn.SetDeadline(time.Now().Add(20 * time.Second))
+	written := make(chan error, 1)
+	go func() {
+		_, err := m.conn.Write(sent)
+		written <- err
+	}()
+	closed := func() (n int) {
+		t.Helper()
+		must(t, m.kernel.diagnose(stateClosed, 0, serverEnd.Port(), func(diagnosed) error { n++; return nil }))
+		return n
+	}
+	eventually(t, "a closed subflow with something to send", func() (bool, string) {
+		wish, ways := m.wish, m.ways
+		if slices.ContainsFunc(m.have(), func(f desired.Subflow) bool { return f.Local.Addr() == m.ways[1].Source }) {
+			ways = ways[:1]
+		}
+		for _, c := range desired.DiffSubflows(wish, ways, m.have(), serverEnd, func(desired.Way) bool { return false }) {
+			must(t, m.kernel.ChangeSubflow(m.token, c))
+		}
+		return closed() > 0, "there is none"
+	})
+	tokens := func(t uint32) func() map[uint32]bool {
+		return func() map[uint32]bool { return map[uint32]bool{t: true} }
+	}
+	if n, err := m.kernel.AbortClosed(tokens(m.token + 1)); n != 0 || err != nil {
+		t.Errorf("of another connection: %d ended, %v", n, err)
+	}
+	before := closed()
+	if n, err := m.kernel.AbortClosed(tokens(m.token)); n != before || err != nil {
+		t.Errorf("%d of %d ended, %v", n, before, err)
+	}
+	if n := closed(); n != 0 {
+		t.Errorf("%d are left", n)
+	}
+	got := make([]byte, len(sent))
+	if _, err := io.ReadFull(m.conn, got); err != nil || !bytes.Equal(got, sent) {
+		t.Errorf("the echo: %v, or another content", err)
+	}
+	must(t, <-written)
+}
+
+// TestAbortSubflows: the other end ends one subflow, and no other; the listener
+// goes on.
+func TestAbortSubflows(t *testing.T) {
+	b := newBonded(t)
+	m := newManaged(t, b)
+	m.settle()
+	m.expect("10.1.0.2 10.2.0.2")
+	var k *Kernel
+	b.cloud.do(t, func() (err error) { k, err = NewConcentrator(); return err })
+	t.Cleanup(func() { k.Close() })
+	var which []Ends
+	must(t, k.diagnose(1<<tcpEstablished, serverEnd.Port(), 0, func(f diagnosed) error {
+		if f.Remote.Addr() == m.ways[1].Source {
+			which = append(which, Ends{f.Local, f.Remote}, Ends{f.Local, netip.AddrPortFrom(f.Remote.Addr(), 9)})
+		}
+		return nil
+	}))
+	if n, err := k.AbortSubflows(serverEnd.Port(), which); n != 1 || err != nil || len(which) != 2 {
+		t.Errorf("%d of %v ended, %v; want the first", n, which, err)
+	}
+	m.expect("10.1.0.2")
+	must(t, echo(b.dial(t, "10.1.0.2")))
+}
+
+// deaf makes that nothing that leaves by the link for its gateway arrives any more.
+func deaf(t *testing.T, name, gateway string) {
+	t.Helper()
+	link, err := netlink.LinkByName(name)
+	must(t, err)
+	must(t, netlink.NeighSet(&netlink.Neigh{LinkIndex: link.Attrs().Index, IP: net.ParseIP(gateway), HardwareAddr: net.HardwareAddr{2, 0, 0, 0, 0, 9}, State: netlink.NUD_PERMANENT}))
 }
 
 // TestSubflowPorts: with a range of ports, a subflow leaves from one of them, also

@@ -495,8 +495,9 @@ func (v *Server) closeWhere(match func(PublicKey) bool) {
 	}
 }
 
-// sweep closes sessions without a flow on which nothing came for idleTime: the
-// router pings long before.
+// sweep ends sessions on which nothing comes for idleTime. Of those without a flow
+// the router asks for a sign of life long before; of those with one it may have
+// given up its end, and what told of that was lost with the last uplink.
 func (v *Server) sweep(ctx context.Context) {
 	tick := time.NewTicker(sweepEvery)
 	defer tick.Stop()
@@ -506,18 +507,62 @@ func (v *Server) sweep(ctx context.Context) {
 			return
 		case <-tick.C:
 		}
-		before := time.Now().Add(-idleTime).UnixNano()
+		now := time.Now()
 		v.mu.Lock()
 		var silent []*Session
 		for s := range v.active {
-			if s.heard.Load() < before && !s.busy() {
+			if s.silence(now) > pingAfter {
 				silent = append(silent, s)
 			}
 		}
 		v.mu.Unlock()
 		for _, s := range silent {
-			s.Close()
+			s.lookAfter(now)
 		}
+	}
+}
+
+// lookAfter asks for a sign of life on a silent session, or ends it. Only sweep
+// calls it.
+func (s *Session) lookAfter(now time.Time) {
+	silence := s.silence(now)
+	busy := s.busy()
+	if busy {
+		// The peer's kernel acknowledges also while what it has waits for a client.
+		subflows, err := s.Subflows()
+		if err != nil {
+			return // it has just ended
+		}
+		for _, f := range subflows {
+			silence = min(silence, f.Silence)
+		}
+	}
+	ask, lost := vigil(silence, busy, s.asked)
+	switch {
+	case lost:
+		s.abandon(errSilent)
+	case ask:
+		s.asked++
+		go s.ask()
+	default:
+		s.asked = 0
+	}
+}
+
+// vigil says what to do about a session on which nothing has come for so long and
+// whose peer has been asked so often since. One with a flow ends only if it was
+// asked: a machine that has slept finds all sessions silent.
+func vigil(silence time.Duration, busy bool, asked int) (ask, lost bool) {
+	lost = silence > idleTime && (!busy || asked > 1)
+	return busy && silence > pingAfter && !lost, lost
+}
+
+// ask makes the peer acknowledge something. While another is writing there is
+// something already.
+func (s *Session) ask() {
+	if s.writing.TryLock() {
+		defer s.writing.Unlock()
+		_ = s.sendLocked(appendFrame(nil, framePing, nil))
 	}
 }
 

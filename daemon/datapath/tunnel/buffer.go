@@ -8,6 +8,7 @@ import (
 	"sync"
 	"syscall"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -169,4 +170,13 @@ func (s *socket) waitWritable() error { return s.raw.Write(s.writeReady) }
 func (s *socket) abort() {
 	_ = s.conn.SetLinger(0)
 	_ = s.conn.Close()
+}
+
+// disconnect ends the connection here and now: connect(2) to AF_UNSPEC. Every
+// subflow tells the peer by RST, once, if it can.
+func (s *socket) disconnect() {
+	_ = s.raw.Control(func(fd uintptr) {
+		unspecified := unix.RawSockaddr{Family: unix.AF_UNSPEC}
+		_, _, _ = unix.Syscall(unix.SYS_CONNECT, fd, uintptr(unsafe.Pointer(&unspecified)), unsafe.Sizeof(unspecified))
+	})
 }

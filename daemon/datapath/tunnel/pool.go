@@ -244,7 +244,7 @@ func (p *Pool) check(s *pooled) {
 	}
 	p.mu.Unlock()
 	if err != nil {
-		s.fail(fmt.Errorf("no answer to a ping after an outage: %w", err))
+		s.abandon(fmt.Errorf("no answer to a ping after an outage: %w", err))
 		p.wake()
 	}
 }
@@ -589,7 +589,7 @@ func (p *Pool) measure(now time.Time) {
 	for _, s := range some {
 		if s.isStranded(now, stranded(p.paths, joined[s])) {
 			p.log.Warn("a session has no subflow over any uplink that works; ending it", "multipath", s.multipath, "busy", s.busy())
-			go s.fail(errStranded) // which takes p.mu
+			go s.abandon(errStranded) // which takes p.mu
 		}
 	}
 	if p.peer == nil || !p.peer.Joins {
@@ -828,7 +828,7 @@ func (p *Pool) ping(ctx context.Context, s *pooled) {
 	}
 	p.mu.Unlock()
 	if err != nil {
-		s.fail(fmt.Errorf("no answer to a ping: %w", err))
+		s.abandon(fmt.Errorf("no answer to a ping: %w", err))
 		p.wake()
 	}
 }

@@ -27,7 +27,8 @@ const (
 	// handshakeTime bounds everything from the TCP connection to WELCOME.
 	handshakeTime = 10 * time.Second
 	// idleTime is how long the concentrator keeps a session on which nothing
-	// comes; pingAfter is how long the router lets one be silent.
+	// comes, with a flow or without; pingAfter is how long the router lets one be
+	// silent, and the concentrator one with a flow.
 	idleTime  = 100 * time.Second
 	pingAfter = 30 * time.Second
 	pingTime  = 4 * time.Second
@@ -48,7 +49,10 @@ const (
 // metered uplink hundreds of megabytes a month.
 var keepAlive = net.KeepAliveConfig{Enable: true, Idle: 240 * time.Second, Interval: 30 * time.Second, Count: 4}
 
-var errSessionClosed = errors.New("session closed")
+var (
+	errSessionClosed = errors.New("session closed")
+	errSilent        = fmt.Errorf("nothing has come for %v", idleTime)
+)
 
 // Session is one authenticated MPTCP connection between router and
 // concentrator. It carries one flow at a time, one after the other.
@@ -63,7 +67,8 @@ type Session struct {
 	// an OPEN frame and dials where the flow is to go.
 	open func(payload []byte) error
 	// calm, if set, says which congestion control flows are sent with.
-	calm *calm
+	calm  *calm
+	asked int // pings since the concentrator last heard of the session; only its sweep uses it
 	// Only the goroutine that sends a flow uses these.
 	calmed    bool // which one it is
 	paced     bool // its subflows send no bursts
@@ -127,6 +132,15 @@ func (s *Session) Done() <-chan struct{} { return s.done }
 
 // Close ends the session, and with RST the flow on it, if any.
 func (s *Session) Close() { s.fail(errSessionClosed) }
+
+// abandon ends a session whose peer is not reached any more. Closed, the kernel
+// would go on telling the peer for minutes (MPTCP's close_timeout, and TCP's
+// retransmissions to addresses that are no more).
+func (s *Session) abandon(err error) {
+	s.ending.Store(true)
+	s.wire.disconnect()
+	s.fail(err)
+}
 
 func (s *Session) fail(err error) {
 	s.closing.Do(func() {
