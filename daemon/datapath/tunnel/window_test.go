@@ -62,8 +62,8 @@ func TestWindowOfOneThatJoins(t *testing.T) {
 	var alone, joined window
 	joined.joined = begin
 	got, _ := joined.size(begin.Add(freshTime-time.Millisecond), c)
-	if want, _ := alone.size(begin, capacity{rate: 80 * mbit, rtt: c.rtt, shortest: c.shortest}); got != want {
-		t.Errorf("after it joined %d bytes, want those of two that are as fast, %d", got, want)
+	if want, _ := alone.size(begin, capacity{rate: (1 + freshTimes) * 40 * mbit, rtt: c.rtt, shortest: c.shortest}); got != want {
+		t.Errorf("after it joined %d bytes, want those of %d more that are as fast, %d", got, freshTimes, want)
 	}
 	var old window
 	old.joined = begin
