@@ -48,8 +48,8 @@ type Router interface {
 	// has it. A revision that is stored but that the kernel does not have yet
 	// is returned together with a *Pending.
 	Apply(ctx context.Context, s settings.Settings, author string) (settings.Revision, error)
-	// SetUplinkMode is Apply of the settings in force with one mode changed.
-	SetUplinkMode(ctx context.Context, name string, mode settings.Mode, author string) (settings.Revision, error)
+	// SetUplink is Apply of the settings in force with some of one uplink changed.
+	SetUplink(ctx context.Context, name string, change UplinkChange, author string) (settings.Revision, error)
 	// SetMultipath is Apply of the settings in force with some multipath settings
 	// changed. What the kernel does not offer is refused.
 	SetMultipath(ctx context.Context, change MultipathChange, author string) (settings.Revision, error)
@@ -83,6 +83,22 @@ type Revision struct {
 // modeBody is the body of PUT /api/v1/uplinks/{name}/mode.
 type modeBody struct {
 	Mode settings.Mode `json:"mode"`
+}
+
+// UplinkChange is the body of PATCH /api/v1/uplinks/{name}. What is absent stays as
+// it is.
+type UplinkChange struct {
+	Mode       *settings.Mode `json:"mode,omitempty"`
+	Weight     *int           `json:"weight,omitempty"`
+	Preference *int           `json:"preference,omitempty"`
+}
+
+// Of returns the uplink u with the change made.
+func (c UplinkChange) Of(u settings.Uplink) settings.Uplink {
+	change(&u.Mode, c.Mode)
+	change(&u.Weight, c.Weight)
+	change(&u.Preference, c.Preference)
+	return u
 }
 
 // MultipathChange is the body of PATCH /api/v1/multipath. What is absent stays as
@@ -131,6 +147,7 @@ func newRouterHandler(r Router, log *slog.Logger, timeout time.Duration) http.Ha
 	v1.GET("/settings", h.settings)
 	v1.PUT("/settings", h.apply)
 	v1.PUT("/uplinks/:name/mode", h.setUplinkMode)
+	v1.PATCH("/uplinks/:name", h.setUplink)
 	v1.PATCH("/multipath", h.setMultipath)
 	v1.GET("/flows", h.flows)
 	v1.GET("/events", h.events)
@@ -267,7 +284,21 @@ func (h routerHandler) setUplinkMode(c *gin.Context) {
 		h.problem(c, &Error{Code: CodeBadRequest, Detail: fmt.Sprintf("mode is %q; it must be on, off or backup", b.Mode)})
 		return
 	}
-	rev, err := h.router.SetUplinkMode(c.Request.Context(), c.Param("name"), b.Mode, author)
+	rev, err := h.router.SetUplink(c.Request.Context(), c.Param("name"), UplinkChange{Mode: &b.Mode}, author)
+	h.revision(c, rev, err)
+}
+
+func (h routerHandler) setUplink(c *gin.Context) {
+	var b UplinkChange
+	if err := decode(c, &b); err != nil {
+		h.fail(c, err)
+		return
+	}
+	if b == (UplinkChange{}) {
+		h.problem(c, &Error{Code: CodeBadRequest, Detail: "nothing is to be changed; give mode, weight or preference"})
+		return
+	}
+	rev, err := h.router.SetUplink(c.Request.Context(), c.Param("name"), b, author)
 	h.revision(c, rev, err)
 }
 

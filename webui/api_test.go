@@ -74,8 +74,9 @@ func (f *fakeRouter) Apply(ctx context.Context, s settings.Settings, author stri
 	return f.revision(s), f.answer(ctx, "apply %s %s by %s", s.Uplinks[0].Name, s.Uplinks[0].Mode, author)
 }
 
-func (f *fakeRouter) SetUplinkMode(ctx context.Context, name string, mode settings.Mode, author string) (settings.Revision, error) {
-	return f.revision(settings.Settings{}), f.answer(ctx, "mode %s %s by %s", name, mode, author)
+func (f *fakeRouter) SetUplink(ctx context.Context, name string, change UplinkChange, author string) (settings.Revision, error) {
+	b, _ := json.Marshal(change)
+	return f.revision(settings.Settings{}), f.answer(ctx, "uplink %s %s by %s", name, b, author)
 }
 
 func (f *fakeRouter) SetMultipath(ctx context.Context, change MultipathChange, author string) (settings.Revision, error) {
@@ -207,14 +208,20 @@ func TestRouterEndpoints(t *testing.T) {
 			status:  422, mime: mimeProblem, asked: "apply dsl on by socket",
 			body: []string{`"type":"about:blank"`, `"title":"Unprocessable Entity"`, `"status":422`, `"problems":[{"line":3,"path":"lan.interfaces[0]","reason":"taken"}]`}},
 		"mode": {request: request{method: "PUT", path: "/api/v1/uplinks/lte/mode", contentType: "application/json", body: `{"mode":"backup"}`},
-			status: 200, mime: "application/json", asked: "mode lte backup by socket", body: []string{`"revision":7`}},
+			status: 200, mime: "application/json", asked: `uplink lte {"mode":"backup"} by socket`, body: []string{`"revision":7`}},
 		"mode of a name with a slash": {request: request{method: "PUT", path: "/api/v1/uplinks/a%2Fb/mode", contentType: "application/json", body: `{"mode":"off"}`},
-			status: 200, mime: "application/json", asked: "mode a/b off by socket"},
+			status: 200, mime: "application/json", asked: `uplink a/b {"mode":"off"} by socket`},
 		"mode of an unknown uplink": {request: request{method: "PUT", path: "/api/v1/uplinks/x/mode", contentType: "application/json", body: `{"mode":"on"}`},
 			router: fakeRouter{err: &Error{Code: CodeUplinkUnknown, Detail: "no uplink is named x"}},
-			status: 404, mime: mimeProblem, asked: "mode x on by socket", body: []string{`"code":"uplink_unknown"`, "no uplink is named x"}},
+			status: 404, mime: mimeProblem, asked: `uplink x {"mode":"on"} by socket`, body: []string{`"code":"uplink_unknown"`, "no uplink is named x"}},
 		"unknown mode": {request: request{method: "PUT", path: "/api/v1/uplinks/lte/mode", contentType: "application/json", body: `{"mode":"fast"}`},
 			status: 400, mime: mimeProblem, body: []string{`"code":"bad_request"`, "fast"}},
+		"rank of an uplink": {request: request{method: "PATCH", path: "/api/v1/uplinks/lte", contentType: "application/json", body: `{"weight":0,"preference":2}`},
+			status: 200, mime: "application/json", asked: `uplink lte {"weight":0,"preference":2} by socket`, body: []string{`"revision":7`}},
+		"nothing of an uplink": {request: request{method: "PATCH", path: "/api/v1/uplinks/lte", contentType: "application/json", body: `{}`},
+			status: 400, mime: mimeProblem, body: []string{`"code":"bad_request"`, "nothing is to be changed"}},
+		"what uplinks do not have": {request: request{method: "PATCH", path: "/api/v1/uplinks/lte", contentType: "application/json", body: `{"price":1}`},
+			status: 400, mime: mimeProblem, body: []string{`"code":"bad_request"`, "price"}},
 		"multipath": {request: request{method: "PATCH", path: "/api/v1/multipath", contentType: "application/json", body: `{"checksum":false,"syn_retries":3}`},
 			status: 200, mime: "application/json", asked: `multipath {"checksum":false,"syn_retries":3} by socket`, body: []string{`"revision":7`}},
 		"multipath with all": {request: request{method: "PATCH", path: "/api/v1/multipath", contentType: "application/json",
@@ -383,9 +390,9 @@ func TestClient(t *testing.T) {
 	check(t, err, got, rev)
 	got, err = c.Apply(ctx, []byte(text))
 	check(t, err, got, rev)
-	got, err = c.SetUplinkMode(ctx, "a/b c", settings.Backup)
+	got, err = c.SetUplink(ctx, "a/b c", UplinkChange{Mode: new(settings.Backup), Weight: new(3)})
 	check(t, err, got, Revision{Number: 7, Time: when, Author: "anna"})
-	check(t, nil, router.asked, "mode a/b c backup by socket")
+	check(t, nil, router.asked, `uplink a/b c {"mode":"backup","weight":3} by socket`)
 	change := MultipathChange{Checksum: new(true), Scheduler: new("default")}
 	got, err = c.SetMultipath(ctx, change)
 	check(t, err, got, Revision{Number: 7, Time: when, Author: "anna"})

@@ -99,10 +99,10 @@ func (c *Client) Apply(ctx context.Context, text []byte) (Revision, error) {
 	return r, err
 }
 
-// SetUplinkMode changes the mode of one uplink.
-func (c *Client) SetUplinkMode(ctx context.Context, name string, mode settings.Mode) (Revision, error) {
+// SetUplink changes settings of one uplink.
+func (c *Client) SetUplink(ctx context.Context, name string, change UplinkChange) (Revision, error) {
 	var r Revision
-	err := c.send(ctx, http.MethodPut, "/api/v1/uplinks/"+url.PathEscape(name)+"/mode", modeBody{Mode: mode}, &r)
+	err := c.send(ctx, http.MethodPatch, "/api/v1/uplinks/"+url.PathEscape(name), change, &r)
 	return r, err
 }
 

@@ -296,28 +296,41 @@ func (a *app) uplinks() *cobra.Command {
 
 func (a *app) uplink() *cobra.Command {
 	mode := choice{allowed: []string{string(settings.On), string(settings.Off), string(settings.Backup)}}
+	var weight, preference int
 	set := &cobra.Command{
-		Use:   "set NAME --mode on|off|backup",
-		Short: "Change the mode of an uplink",
+		Use:   "set NAME [--mode on|off|backup] [--weight N] [--preference N]",
+		Short: "Change settings of an uplink; what is not named stays",
 		Args:  exactly(1, "the NAME of one uplink"),
 		RunE: func(c *cobra.Command, args []string) error {
-			if mode.value == "" {
-				return usagef(c, "nothing to set; add --mode on, off or backup")
+			var change webui.UplinkChange
+			if mode.value != "" {
+				change.Mode = (*settings.Mode)(&mode.value)
+			}
+			if c.Flags().Changed("weight") {
+				change.Weight = &weight
+			}
+			if c.Flags().Changed("preference") {
+				change.Preference = &preference
+			}
+			if change == (webui.UplinkChange{}) {
+				return usagef(c, "nothing to set; add --mode, --weight or --preference")
 			}
 			if args[0] == "" {
 				return usagef(c, "the name of the uplink is empty")
 			}
-			rev, err := a.client().SetUplinkMode(c.Context(), args[0], settings.Mode(mode.value))
+			rev, err := a.client().SetUplink(c.Context(), args[0], change)
 			if invalid := (*settings.Invalid)(nil); errors.As(err, &invalid) {
 				return fileError{"settings", invalid}
 			}
 			if err != nil {
 				return err
 			}
-			return a.changed(rev, fmt.Sprintf("mode %s of uplink %s is", mode.value, args[0]))
+			return a.changed(rev, fmt.Sprintf("the settings of uplink %s are", args[0]))
 		},
 	}
 	set.Flags().Var(&mode, "mode", "on: carries traffic, off: carries nothing, backup: only while no other is fit")
+	set.Flags().IntVar(&weight, "weight", 1, "its share with scheduler weighted, relative to the others'")
+	set.Flags().IntVar(&preference, "preference", 0, "its place with scheduler firstfit; the lowest are filled first")
 	return group("uplink", "Change one uplink", set)
 }
 

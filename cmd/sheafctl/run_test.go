@@ -59,8 +59,9 @@ func (f *fakeRouter) Apply(_ context.Context, s settings.Settings, author string
 	return settings.Revision{Number: 7, Time: time.Unix(0, 0).UTC(), Author: author, Settings: s}, f.err()
 }
 
-func (f *fakeRouter) SetUplinkMode(_ context.Context, name string, mode settings.Mode, author string) (settings.Revision, error) {
-	f.asked = fmt.Sprintf("set %q to %s by %s\n", name, mode, author)
+func (f *fakeRouter) SetUplink(_ context.Context, name string, change webui.UplinkChange, author string) (settings.Revision, error) {
+	b, _ := json.Marshal(change)
+	f.asked = fmt.Sprintf("set %q to %s by %s\n", name, b, author)
 	return settings.Revision{Number: 8}, f.err()
 }
 

@@ -422,8 +422,8 @@ func (r *Router) Apply(ctx context.Context, s settings.Settings, author string) 
 	return revision, err
 }
 
-// SetUplinkMode changes one uplink's mode, on live connections too.
-func (r *Router) SetUplinkMode(ctx context.Context, name string, mode settings.Mode, author string) (settings.Revision, error) {
+// SetUplink changes settings of one uplink, on live connections too.
+func (r *Router) SetUplink(ctx context.Context, name string, change webui.UplinkChange, author string) (settings.Revision, error) {
 	r.changing.Lock()
 	defer r.changing.Unlock()
 	s := r.current().Settings
@@ -432,7 +432,7 @@ func (r *Router) SetUplinkMode(ctx context.Context, name string, mode settings.M
 	if i < 0 {
 		return settings.Revision{}, &webui.Error{Code: webui.CodeUplinkUnknown, Detail: fmt.Sprintf("there is no uplink %q; `sheafctl uplinks` lists them", name)}
 	}
-	s.Uplinks[i].Mode = mode
+	s.Uplinks[i] = change.Of(s.Uplinks[i])
 	return r.put(ctx, s, author)
 }
 

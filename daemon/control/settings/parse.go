@@ -275,6 +275,8 @@ func (d *document) uplink(n *yaml.Node, path string) Uplink {
 				u.Resolvers = append(u.Resolvers, resolver)
 			})
 		},
+		"weight":     func(n *yaml.Node, path string) { d.integer(n, path, &u.Weight) },
+		"preference": func(n *yaml.Node, path string) { d.integer(n, path, &u.Preference) },
 	})
 	return u
 }

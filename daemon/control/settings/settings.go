@@ -51,6 +51,12 @@ type Uplink struct {
 	// Resolvers are asked for names while the tunnel is down and WhenTunnelDown
 	// is Direct; without any it is the uplink's gateway.
 	Resolvers []netip.Addr `yaml:"resolvers,omitempty" json:"resolvers,omitempty"`
+	// Weight is its share with scheduler weighted, relative to the others', 1 to
+	// 1000; 0 stands for 1.
+	Weight int `yaml:"weight,omitempty" json:"weight,omitempty"`
+	// Preference is its place with scheduler firstfit, 0 to 1000: those with the
+	// lowest are filled first, and those with the same together.
+	Preference int `yaml:"preference,omitempty" json:"preference,omitempty"`
 }
 
 // Mode is the operator's choice for one uplink.

@@ -24,6 +24,9 @@ const (
 	defaultSubflows = 2
 	maxSubflows     = 8
 
+	// maxRank bounds weight and preference; the kernel takes 16 bits.
+	maxRank = 1000
+
 	// From net/mptcp of MPTCP v0.95: num_segments is a byte; MPTCP_GW_MAX_LISTS and
 	// MPTCP_GW_LIST_MAX_LEN.
 	maxNumSegments  = 255
@@ -111,6 +114,12 @@ func check(s Settings) (problems []Problem) {
 			report(path+".mode", "%s is not a mode: offered are on, off, backup", quote(string(u.Mode)))
 		}
 		checkAddress(path+".address", u, hops, report)
+		if u.Weight < 0 || u.Weight > maxRank {
+			report(path+".weight", "is %d: it must be from 1 to %d, or 0 for the usual, which is 1", u.Weight, maxRank)
+		}
+		if u.Preference < 0 || u.Preference > maxRank {
+			report(path+".preference", "is %d: it must be from 0, which is used first, to %d", u.Preference, maxRank)
+		}
 		if len(u.Resolvers) > maxResolvers {
 			report(path+".resolvers", "has %d entries: at most %d are possible", len(u.Resolvers), maxResolvers)
 			continue

@@ -208,7 +208,7 @@ func (d *Deployment) Status() (webui.Status, error) {
 func (d *Deployment) SetMode(u *netlab.Uplink, mode string) error {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
-	_, err := webui.NewClient(d.Socket()).SetUplinkMode(ctx, fmt.Sprintf("uplink%d", u.Number), settings.Mode(mode))
+	_, err := webui.NewClient(d.Socket()).SetUplink(ctx, fmt.Sprintf("uplink%d", u.Number), webui.UplinkChange{Mode: (*settings.Mode)(&mode)})
 	return err
 }
 
