@@ -115,6 +115,9 @@ type DNSStatus struct {
 type MultipathStatus struct {
 	Wanted MultipathValues `json:"wanted"`
 	Kernel MultipathValues `json:"kernel"`
+	// SchedulerNote says what is done instead of a scheduler that a kernel does not
+	// have, and is approximated.
+	SchedulerNote string `json:"scheduler_note,omitempty"`
 	// Concentrator is what the other end does.
 	Concentrator FarMultipath `json:"concentrator"`
 	// Available lists what the running kernel offers.

@@ -52,6 +52,7 @@ func writeStatus(w *bytes.Buffer, s webui.Status, color bool) {
 		line("multipath", "%s", multipath(m.Wanted))
 	} else {
 		line("multipath", "wanted  %s", multipath(m.Wanted))
+		m.Kernel.Scheduler = running(m)
 		line("", "kernel  %s", multipath(m.Kernel))
 	}
 	line("kernel", "%s, MPTCP %s%s", s.Kernel.Release, s.Kernel.MPTCP, connections(s.Kernel))
@@ -93,6 +94,14 @@ func multipath(m webui.MultipathValues) string {
 		onOff(m.Enabled), or(m.PathManager, "-"), or(m.Scheduler, "-"), onOff(m.Checksum), m.SYNRetries)
 }
 
+// running is the scheduler that the kernel runs, and what else is done in its place.
+func running(m webui.MultipathStatus) string {
+	if m.SchedulerNote == "" {
+		return m.Kernel.Scheduler
+	}
+	return m.Kernel.Scheduler + " (" + m.SchedulerNote + ")"
+}
+
 func onOff(b bool) string {
 	if b {
 		return "on"
@@ -118,7 +127,7 @@ func writeMultipath(w *bytes.Buffer, s webui.Status) {
 		{"SETTING", "WANTED", "KERNEL"},
 		{"enabled", onOff(wanted.Enabled), onOff(kernel.Enabled)},
 		{"path manager", wanted.PathManager, or(kernel.PathManager, "-")},
-		{"scheduler", wanted.Scheduler, or(kernel.Scheduler, "-")},
+		{"scheduler", wanted.Scheduler, or(running(s.Multipath), "-")},
 		{"checksum", onOff(wanted.Checksum), onOff(kernel.Checksum)},
 		{"SYN retries", fmt.Sprint(wanted.SYNRetries), fmt.Sprint(kernel.SYNRetries)},
 	}, nil, false)

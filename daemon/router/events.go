@@ -244,6 +244,7 @@ func (r *Router) watch(ctx context.Context) {
 		now := moment{kernel: slices.Clone(pass.Problems)}
 		single := oneUplink(revision.Settings.Multipath, r.mptcp)
 		now.uplinks = describeUplinks(revision.Settings, r.silence.apply(revision.Settings, statuses), pool, nil, nil, single)
+		r.filling.describe(now.uplinks)
 		now.tunnel = describeTunnel(revision.Settings, now.uplinks, pool, single)
 		now.tunnel.Reason = strings.TrimPrefix(strings.TrimPrefix(now.tunnel.Reason, tunnel.ErrDown.Error()), ": ")
 		if pool.Up {

@@ -59,6 +59,7 @@ func TestSchedulersThatAreNotOffered(t *testing.T) {
 	}{
 		{"default", []string{"default"}, false}, {"redundant", []string{"default", "redundant"}, false},
 		{"redundant", []string{"default"}, true}, {"redundant", nil, false}, // only trying tells
+		{"firstfit", []string{"default"}, false}, // approximated
 	} {
 		err := unoffered(c.scheduler, c.offered)
 		if invalid := (*settings.Invalid)(nil); errors.As(err, &invalid) != c.refused {

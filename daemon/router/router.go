@@ -69,11 +69,15 @@ type Router struct {
 	pool   *tunnel.Pool
 	meter  meter
 
-	mptcp string // which the kernel has, as kernel.Info says; it does not change
+	// Which MPTCP the kernel has and the schedulers it lists, as kernel.Info says;
+	// they do not change.
+	mptcp      string
+	schedulers []string
 
 	packets  *packets
 	inbound  *tunnel.Inbound
 	silence  *silence
+	filling  filling
 	subflows *subflows
 	asking   sync.WaitGroup
 
@@ -142,7 +146,7 @@ func Run(ctx context.Context, c Config) (err error) {
 	if err != nil {
 		return err
 	}
-	r.mptcp = info.MPTCP
+	r.mptcp, r.schedulers = info.MPTCP, info.Schedulers
 	r.setPeer()
 	r.setWishes()
 	r.events.add(time.Now(), webui.Event{Kind: "daemon", Text: fmt.Sprintf("sheafd %s has started with settings revision %d", c.Version, r.revision.Number)})
@@ -160,6 +164,7 @@ func Run(ctx context.Context, c Config) (err error) {
 	work.Go(func() error { r.inbound.Run(ctx); return nil })
 	work.Go(func() error { r.subflows.run(ctx); return nil })
 	work.Go(func() error { r.watchFlows(ctx); return nil })
+	work.Go(func() error { r.keepFilling(ctx); return nil })
 	work.Go(func() error { r.watch(ctx); return nil })
 	work.Go(func() error { return r.keepJoining(ctx) })
 	work.Go(func() error { return webui.Serve(ctx, socket, webui.NewRouterHandler(r, c.Log)) })
@@ -258,7 +263,9 @@ func (r *Router) want() (desired.State, error) {
 	r.uplinks = statuses
 	tunnel := r.packets.state()
 	tunnel.Flows = r.flows.Load() > 0 || r.inbound.Busy()
-	return desired.Compile(r.revision.Settings, r.silence.apply(r.revision.Settings, statuses), uplink.Networks(lan), tunnel), nil
+	judged := r.silence.apply(r.revision.Settings, statuses)
+	set, _ := r.effective(r.revision.Settings, judged)
+	return desired.Compile(set, judged, uplink.Networks(lan), tunnel), nil
 }
 
 // reconciled follows every pass of the loop. Only now may sessions be dialled
@@ -282,7 +289,9 @@ func (r *Router) reconciled(p reconcile.Pass) {
 		r.handed.Add(1)
 		r.setPeer()
 	}
-	r.pool.SetPaths(paths(set, r.silence.apply(set, statuses)))
+	judged := r.silence.apply(set, statuses)
+	set, dialled := r.effective(set, judged)
+	r.pool.SetPaths(paths(dialled, judged))
 	r.packets.setPaths(paths(set, statuses))
 	r.subflows.kick()
 }
@@ -292,14 +301,17 @@ func (r *Router) ways() (settings.Multipath, []desired.Way) {
 	r.mu.Lock()
 	set, statuses := r.revision.Settings, r.uplinks
 	r.mu.Unlock()
-	return set.Multipath, desired.Ways(set, r.silence.apply(set, statuses), r.pool.Ranking())
+	judged := r.silence.apply(set, statuses)
+	set, _ = r.effective(set, judged)
+	return set.Multipath, desired.Ways(set, judged, r.pool.Ranking())
 }
 
 // paths are the uplinks that may carry now.
 func (r *Router) paths() []tunnel.Path {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return paths(r.revision.Settings, r.uplinks)
+	_, set := r.effective(r.revision.Settings, r.uplinks)
+	return paths(set, r.uplinks)
 }
 
 func (r *Router) observe() ([]uplink.Status, error) {
@@ -355,6 +367,7 @@ func (r *Router) setPeer() {
 	r.mu.Lock()
 	e, s := r.enrolled, r.revision.Settings
 	r.mu.Unlock()
+	s, _ = r.effective(s, nil)
 	var peer *tunnel.Peer
 	if e != nil {
 		multipath := s.Multipath.Enabled && r.mptcp != kernel.NoMPTCP
@@ -454,11 +467,14 @@ func (r *Router) SetMultipath(ctx context.Context, change webui.MultipathChange,
 	return r.put(ctx, s, author)
 }
 
-// unoffered refuses a scheduler that is not among those that the kernel lists. One
-// that lists none is asked by trying.
+// unoffered refuses a scheduler that is not among those that the kernel lists, and
+// is not approximated. One that lists none is asked by trying.
 func unoffered(scheduler string, offered []string) error {
-	if len(offered) == 0 || slices.Contains(offered, scheduler) {
+	if len(offered) == 0 || slices.Contains(offered, scheduler) || scheduler == firstfit {
 		return nil
+	}
+	if !slices.Contains(offered, firstfit) {
+		offered = append(slices.Clone(offered), firstfit+" (approximated)")
 	}
 	return &settings.Invalid{Problems: []settings.Problem{{Path: "multipath.scheduler",
 		Reason: fmt.Sprintf("this kernel has no scheduler %q: offered are %s", scheduler, strings.Join(offered, ", "))}}}

@@ -109,11 +109,13 @@ func (r *Router) Status(ctx context.Context) (webui.Status, error) {
 	statuses = r.silence.apply(revision.Settings, statuses)
 	single := oneUplink(revision.Settings.Multipath, info.MPTCP)
 	s.Uplinks = describeUplinks(revision.Settings, statuses, pool, rates, loss, single)
+	r.filling.describe(s.Uplinks)
 	s.Packets, s.Forwards = r.describePackets(s.Uplinks, revision.Settings)
 	s.DNS = describeDNS(desired.Resolver(revision.Settings, statuses, r.packets.state()))
 	s.Tunnel = describeTunnel(revision.Settings, s.Uplinks, pool, single)
 	s.Tunnel.Flows, s.Tunnel.DirectFlows = int(r.flows.Load()), r.direct.count()
 	s.Multipath = describeMultipath(revision.Settings.Multipath, info, held)
+	s.Multipath.SchedulerNote = r.note(revision.Settings)
 	s.Multipath.Concentrator = r.packets.farMultipath()
 	s.Concentrator = webui.ConcentratorStatus{Address: pool.Address, Sessions: pool.Sessions, IdleSessions: pool.Idle}
 	if enrolled != nil {
@@ -291,7 +293,7 @@ func problems(s webui.Status, pass reconcile.Pass) []string {
 		list = append(list, "the kernel does not take all of the settings: "+pass.Err.Error())
 	}
 	list = append(list, pass.Problems...)
-	if far := s.Multipath.Concentrator; far.Reason != "" {
+	if far := s.Multipath.Concentrator; far.Reason != "" && s.Multipath.SchedulerNote == "" {
 		list = append(list, "the concentrator sends by scheduler "+far.Scheduler+": "+far.Reason)
 	}
 	for _, i := range s.LAN.Interfaces {

@@ -1231,3 +1231,22 @@ func BenchmarkReceive(b *testing.B) {
 		})
 	}
 }
+
+// A queue that stands delays every probe; a late one among others is none.
+func TestStandingRTT(t *testing.T) {
+	var h health
+	if d := h.standingRTT(); d != 0 {
+		t.Errorf("before any probe was answered: %v", d)
+	}
+	now := time.Hour
+	for i, c := range []struct{ rtt, want time.Duration }{
+		{30, 30}, {90, 30}, {20, 20}, {90, 20}, {60, 20}, {70, 20}, {60, 20}, {60, 20}, {60, 20}, {60, 20}, {60, 60}, {21, 21},
+	} {
+		number := h.onProbe(now)
+		now += c.rtt * time.Millisecond
+		h.onReply(message{kind: kindReply, number: number}, now)
+		if d := h.standingRTT(); d != c.want*time.Millisecond {
+			t.Errorf("after probe %d: %v, want %v ms", i+1, d, int(c.want))
+		}
+	}
+}

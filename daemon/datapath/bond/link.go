@@ -2,6 +2,7 @@ package bond
 
 import (
 	"cmp"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -94,9 +95,12 @@ type health struct {
 	// lowest and lowestBefore are the least round-trip times of this and the last
 	// half minute.
 	lowest, lowestBefore, lowestSince time.Duration
-	model                             model
-	arrival, arrivalJitter            time.Duration
-	arrivalKnown                      bool
+	// recent are the last of all, and answers how many there were.
+	recent                 [8]time.Duration
+	answers                int
+	model                  model
+	arrival, arrivalJitter time.Duration
+	arrivalKnown           bool
 
 	loss         float64 // 0 to 1, smoothed
 	lossSent     uint32
@@ -158,6 +162,8 @@ func (h *health) onReply(m message, now time.Duration) {
 		h.lowestBefore, h.lowest, h.lowestSince = h.lowest, rtt, now
 	}
 	h.lowest = min(h.lowest, rtt)
+	h.recent[h.answers%len(h.recent)] = rtt
+	h.answers++
 
 	h.model.answered(now, p.left, m.time, p.mark)
 
@@ -237,6 +243,12 @@ func (h *health) lowestRTT() time.Duration {
 		return h.lowest
 	}
 	return min(h.lowest, h.lowestBefore)
+}
+
+// standingRTT is the least of the last few, as a queue that stands delays every
+// packet (RFC 8289), and a processor that is busy some.
+func (h *health) standingRTT() time.Duration {
+	return slices.Min(h.recent[:max(1, min(h.answers, len(h.recent)))])
 }
 
 // SetBackup says whether the link carries packets only while no other is fit.
@@ -417,9 +429,9 @@ type LinkStats struct {
 	Kind   LinkKind
 	Backup bool
 	Fit    bool
-	// RTT is the smoothed round-trip time, MinRTT the least of the last half to
-	// whole minute; 0 if not known yet.
-	RTT, MinRTT time.Duration
+	// RTT is the smoothed round-trip time, StandingRTT the least of the last few
+	// probes, MinRTT that of the last half to whole minute; 0 if not known yet.
+	RTT, StandingRTT, MinRTT time.Duration
 	// Of packets and their halves once each; bytes are of messages, probes too.
 	SentPackets, SentBytes, ReceivedPackets, ReceivedBytes uint64
 	// Queued is what waits for the carrier, bytes; QueueDelay how long bulk
@@ -449,7 +461,7 @@ func (l *Link) stats(now time.Duration) LinkStats {
 	}
 	l.mutex.Lock()
 	defer l.mutex.Unlock()
-	s.RTT, s.MinRTT = l.health.rtt, l.health.lowestRTT()
+	s.RTT, s.StandingRTT, s.MinRTT = l.health.rtt, l.health.standingRTT(), l.health.lowestRTT()
 	if l.kind == Datagram {
 		s.Loss = l.health.loss
 	}

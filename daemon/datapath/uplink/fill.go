@@ -33,7 +33,7 @@ const (
 	// trips at any time, so that less than leastLoad, bytes per second, never fills.
 	fullShare  = 0.85
 	limitShare = 0.95
-	queueShare = 0.25
+	queueShare = 0.4
 	leastQueue = 8 * time.Millisecond
 	leastLoad  = 30_000
 	// mostHalved is after how long the most that an uplink has carried counts half:

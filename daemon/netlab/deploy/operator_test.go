@@ -325,3 +325,50 @@ func TestConcentratorTellsItsScheduler(t *testing.T) {
 		return nil
 	}))
 }
+
+// Where the kernel does not have the scheduler firstfit, uplinks that are not
+// preferred carry only what the others cannot.
+func TestFirstfitByBackupFlags(t *testing.T) {
+	w := up(t)
+	for _, arguments := range [][]string{
+		{"uplink", "set", "uplink2", "--preference", "1"}, {"uplink", "set", "uplink3", "--preference", "2"},
+		{"multipath", "set", "--scheduler", "firstfit"},
+	} {
+		_, err := w.Sheafctl(arguments...)
+		w.need(err)
+	}
+	waits := func(u webui.UplinkStatus) bool { return u.State == "standby" && u.Subflows > 0 }
+	w.untilUplink(2, "stands by", waits)
+	w.untilUplink(3, "stands by", waits)
+	w.need(w.WaitUp())
+	s, err := w.Status()
+	w.need(err)
+	if slices.Contains(s.Multipath.AvailableSchedulers, "firstfit") {
+		t.Fatal("this kernel has the scheduler firstfit; the test is for those that do not")
+	}
+	if m := s.Multipath; m.Kernel.Scheduler != "default" || !strings.Contains(m.SchedulerNote, "approximated") || len(s.Problems) > 0 {
+		t.Errorf("the kernel runs %s, %q; problems %q", m.Kernel.Scheduler, m.SchedulerNote, s.Problems)
+	}
+
+	// 20 Mbit/s are wanted, then as much as there is.
+	const piece, every, pieces = 50_000, 20 * time.Millisecond, 200
+	w.serve("198.51.100.20:7602", func(c *net.TCPConn) {
+		for i := range uint64(pieces) {
+			_, _ = io.Copy(c, noise(i, piece))
+			time.Sleep(every)
+		}
+	})
+	others := w.down(2) + w.down(3)
+	n, err := io.Copy(io.Discard, w.dial("198.51.100.20:7602"))
+	w.need(err)
+	if carried := w.down(2) + w.down(3) - others; n != piece*pieces || carried > piece*pieces/50 {
+		t.Errorf("of %d bytes that uplink1 could carry %d came down the others", n, carried)
+	}
+	d := w.startDownload(80e6)
+	w.progress(d, 20e6)
+	w.carries(d, 2)
+	w.carries(d, 3)
+	w.need(<-d.done)
+	w.untilUplink(2, "stands by again", waits)
+	w.untilUplink(3, "stands by again", waits)
+}

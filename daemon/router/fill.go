@@ -1,0 +1,222 @@
+package router
+
+import (
+	"context"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+
+	"sheaf/daemon/control/kernel"
+	"sheaf/daemon/control/settings"
+	"sheaf/daemon/datapath/uplink"
+	"sheaf/webui"
+)
+
+// The path of scheduler firstfit where a kernel does not have it:
+//
+//	counters of interfaces, round trips of carriers ─▶ keepFilling ─▶ uplink.Filling ─▶ held
+//	held ─▶ effective settings, in which these are backups ─▶ kernel, packets
+//
+// Sessions are dialled from the most preferred uplinks at all times: with empty
+// queues the kernel's scheduler takes the first subflow.
+
+const firstfit = "firstfit"
+
+// filling knows which uplinks are held back.
+type filling struct {
+	mu   sync.Mutex
+	held []string
+
+	// Only the goroutine that looks uses these.
+	decides uplink.Filling
+	looked  time.Time
+	bytes   map[string][2]uint64 // received, sent
+}
+
+// approximated says whether firstfit is to be approximated: backup flags hold for
+// what both ends send, so they help where one kernel does not have it. far is what
+// the concentrator runs, empty while that is not known.
+func approximated(m settings.Multipath, mptcp string, offered []string, far string) bool {
+	return m.Scheduler == firstfit && m.Enabled && m.PathManager != settings.PathManagerNetlink && mptcp != kernel.NoMPTCP &&
+		(!slices.Contains(offered, firstfit) || far != "" && far != firstfit)
+}
+
+func (r *Router) approximates(m settings.Multipath) bool {
+	return approximated(m, r.mptcp, r.schedulers, r.packets.farMultipath().Scheduler)
+}
+
+// set notes a decision, and says whether it is a new one.
+func (f *filling) set(held []string) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	changed := !slices.Equal(f.held, held)
+	f.held = held
+	return changed
+}
+
+// effective are the settings as they are carried out, and those by which sessions
+// are dialled.
+func (r *Router) effective(s settings.Settings, statuses []uplink.Status) (now, dialled settings.Settings) {
+	if !r.approximates(s.Multipath) {
+		return s, s
+	}
+	if !slices.Contains(r.schedulers, firstfit) {
+		s.Multipath.Scheduler = "default"
+	}
+	r.filling.mu.Lock()
+	defer r.filling.mu.Unlock()
+	return backups(s, r.filling.held), backups(s, later(s, statuses))
+}
+
+// backups are the settings with these uplinks as backups.
+func backups(s settings.Settings, names []string) settings.Settings {
+	s.Uplinks = slices.Clone(s.Uplinks)
+	for i := range s.Uplinks {
+		if u := &s.Uplinks[i]; u.Mode == settings.On && slices.Contains(names, u.Name) {
+			u.Mode = settings.Backup
+		}
+	}
+	return s
+}
+
+// usable lists the uplinks that are on and fit.
+func usable(s settings.Settings, statuses []uplink.Status) (list []settings.Uplink) {
+	for _, u := range s.Uplinks {
+		fit := slices.ContainsFunc(statuses, func(status uplink.Status) bool { return status.Name == u.Name && status.Fit })
+		if fit && u.Mode == settings.On {
+			list = append(list, u)
+		}
+	}
+	return list
+}
+
+// later names the uplinks to which others are preferred.
+func later(s settings.Settings, statuses []uplink.Status) (names []string) {
+	list := usable(s, statuses)
+	for _, u := range list {
+		if slices.ContainsFunc(list, func(o settings.Uplink) bool { return o.Preference < u.Preference }) {
+			names = append(names, u.Name)
+		}
+	}
+	return names
+}
+
+// keepFilling decides which uplinks are held back until ctx ends.
+func (r *Router) keepFilling(ctx context.Context) {
+	tick := time.NewTicker(uplink.FillEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		if r.fill(time.Now()) {
+			r.loop.Poke()
+			r.events.soon()
+		}
+	}
+}
+
+// fill looks once, and says whether the decision is a new one.
+func (r *Router) fill(now time.Time) bool {
+	set, f := r.current().Settings, &r.filling
+	if !r.approximates(set.Multipath) {
+		f.decides, f.bytes = uplink.Filling{}, nil
+		return f.set(nil)
+	}
+	statuses, err := r.observe()
+	if err != nil {
+		return false // the loop says so
+	}
+	statuses = r.silence.apply(set, statuses)
+	return f.set(f.decides.Look(now, f.loads(now, usable(set, statuses), statuses, r.roundTrips())))
+}
+
+// loads are what the uplinks have carried since the last time.
+func (f *filling) loads(now time.Time, usable []settings.Uplink, statuses []uplink.Status, trips map[string]trip) (list []uplink.Load) {
+	elapsed, before := now.Sub(f.looked).Seconds(), f.bytes
+	f.looked, f.bytes = now, map[string][2]uint64{}
+	for _, u := range usable {
+		l := uplink.Load{Name: u.Name, Preference: u.Preference, RTT: trips[u.Name].rtt, MinRTT: trips[u.Name].least}
+		at := slices.IndexFunc(statuses, func(s uplink.Status) bool { return s.Name == u.Name })
+		bytes := [2]uint64{statuses[at].ReceivedBytes, statuses[at].SentBytes}
+		// Else it is the first look, or the interface was made anew.
+		if last, ok := before[u.Name]; ok && elapsed > 0 && bytes[0] >= last[0] && bytes[1] >= last[1] {
+			l.Received, l.Sent = float64(bytes[0]-last[0])/elapsed, float64(bytes[1]-last[1])/elapsed
+		}
+		f.bytes[u.Name] = bytes
+		list = append(list, l)
+	}
+	return list
+}
+
+// trip is the round-trip time of what travels now, and the least lately.
+type trip struct{ rtt, least time.Duration }
+
+// roundTrips are those over each uplink, of its carrier of packets, whose probes
+// wait in the queues that flows fill; or of the subflow on which bytes wait longest,
+// where no UDP passes.
+func (r *Router) roundTrips() map[string]trip {
+	trips := map[string]trip{}
+	for _, l := range r.packets.bond.Stats().Links {
+		if l.Name != "" && l.Fit {
+			trips[l.Name] = trip{l.StandingRTT, l.MinRTT}
+		}
+	}
+	r.mu.Lock()
+	statuses := r.uplinks
+	r.mu.Unlock()
+	if !slices.ContainsFunc(statuses, func(s uplink.Status) bool { _, ok := trips[s.Name]; return s.Fit && !ok }) {
+		return trips
+	}
+	slowest := map[string]trip{}
+	for _, f := range r.pool.Status().Subflows {
+		if i := uplink.Of(statuses, f.Local); i >= 0 {
+			if name := statuses[i].Name; f.RTT-f.MinRTT >= slowest[name].rtt-slowest[name].least {
+				slowest[name] = trip{f.RTT, f.MinRTT}
+			}
+		}
+	}
+	maps.Copy(slowest, trips)
+	return slowest
+}
+
+// describe says of uplinks that are held back why they stand by.
+func (f *filling) describe(uplinks []webui.UplinkStatus) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	carries := func(u webui.UplinkStatus) bool {
+		return u.State == "carrying" && u.Mode == string(settings.On) && !slices.Contains(f.held, u.Name)
+	}
+	if !slices.ContainsFunc(uplinks, carries) {
+		return
+	}
+	for i := range uplinks {
+		if u := &uplinks[i]; u.State == "carrying" && slices.Contains(f.held, u.Name) {
+			u.State, u.Reason = "standby", "firstfit: the uplinks preferred to it are not full"
+		}
+	}
+}
+
+// note says what the kernels do instead of firstfit, if they do not do that.
+func (r *Router) note(s settings.Settings) string {
+	if !r.approximates(s.Multipath) {
+		return ""
+	}
+	note := "firstfit approximated by backup flags"
+	if slices.Contains(r.schedulers, firstfit) {
+		note = "approximated by backup flags where the concentrator sends"
+	}
+	preferences := map[int]bool{}
+	for _, u := range s.Uplinks {
+		if u.Mode == settings.On {
+			preferences[u.Preference] = true
+		}
+	}
+	if len(preferences) == 1 {
+		note += "; all uplinks have the same preference"
+	}
+	return note
+}
