@@ -97,7 +97,7 @@ func Run(ctx context.Context, c Config) error {
 	ports := egress.ForwardPolicy{Ports: c.ForwardPorts}
 	ports.Reserved = append(ports.Reserved, portsOf(listeners)...)
 	con.packets = newPackets(c.Log, store, policy, ports, con.server.OpenInbound)
-	con.packets.calm, con.packets.schedule = con.server.SetCalm, con.server.SetScheduler
+	con.packets.calm, con.packets.schedule, con.packets.rank = con.server.SetCalm, con.server.SetScheduler, con.server.SetRanks
 	if c.ConnectRouters {
 		con.packets.mutual = []netip.Prefix{Network4(), store.Network6()}
 	}

@@ -40,6 +40,7 @@ type packets struct {
 	forwards *egress.Forwards
 	calm     func(tunnel.PublicKey, bool)
 	schedule func(tunnel.PublicKey, string) (runs, reason string)
+	rank     func(tunnel.PublicKey, map[string]tunnel.Rank)
 	changed  func()         // what is wanted of the kernel has changed
 	mutual   []netip.Prefix // what routers may reach of one another
 
@@ -354,6 +355,7 @@ func (p *packets) wished(mb *member, m tunnel.Messages, body []byte) {
 	}
 	a := tunnel.Answers{Forwards: []tunnel.PortAnswer{}}
 	a.Scheduler, a.SchedulerReason = p.schedule(mb.key, w.Scheduler)
+	p.rank(mb.key, w.Ranks)
 	var active []tunnel.Port
 	for i, r := range p.forwards.Set(forwardsKey(mb.key), wanted) {
 		a.Forwards = append(a.Forwards, tunnel.PortAnswer{Port: w.Forwards[i], State: string(r.State), Reason: r.Reason})

@@ -142,3 +142,17 @@ func TestStatesOfUplinksThatAreHeldBack(t *testing.T) {
 		}
 	}
 }
+
+func TestRanks(t *testing.T) {
+	s := chosen(t, "a on", "b backup")
+	s.Uplinks[1].Weight, s.Uplinks[1].Preference = 1000, 1000
+	for scheduler, want := range map[string]string{
+		"default": "map[]", "redundant": "map[]",
+		"weighted": "map[a:{1 1} b:{1000 1001}]", "firstfit": "map[a:{1 1} b:{1000 1001}]",
+	} {
+		s.Multipath.Scheduler = scheduler
+		if got := fmt.Sprint(ranks(s)); got != want {
+			t.Errorf("%s: %s, want %s", scheduler, got, want)
+		}
+	}
+}

@@ -480,10 +480,10 @@ func (p *packets) keepCalm(ctx context.Context) {
 	}
 }
 
-func (p *packets) setWishes(list []settings.Forward, scheduler string) {
+func (p *packets) setWishes(list []settings.Forward, scheduler string, ranks map[string]tunnel.Rank) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.wish.Scheduler = scheduler
+	p.wish.Scheduler, p.wish.Ranks = scheduler, ranks
 	p.wish.Forwards = nil
 	for _, f := range list {
 		p.wish.Forwards = append(p.wish.Forwards, tunnel.Port{Protocol: f.Protocol, Port: f.Port})

@@ -387,8 +387,9 @@ func (r *Router) setPeer() {
 // setWishes tells the packet path what the settings say of it.
 func (r *Router) setWishes() {
 	s := r.current().Settings
-	r.packets.setWishes(s.Forwards, s.Multipath.Scheduler)
+	r.packets.setWishes(s.Forwards, s.Multipath.Scheduler, ranks(s))
 	r.pool.SetScheduler(s.Multipath.Scheduler)
+	r.pool.SetRanks(ranks(s))
 	r.packets.bond.SetRules(rules(s.Classes))
 	inbound := 0
 	for _, f := range s.Forwards {
@@ -397,6 +398,19 @@ func (r *Router) setWishes() {
 		}
 	}
 	r.inbound.SetForwards(inbound)
+}
+
+// ranks are what the scheduler asks of each uplink's subflows, if it asks.
+func ranks(s settings.Settings) map[string]tunnel.Rank {
+	if s.Multipath.Scheduler != "weighted" && s.Multipath.Scheduler != firstfit {
+		return nil
+	}
+	list := map[string]tunnel.Rank{}
+	for _, u := range s.Uplinks {
+		// In the kernel 0 stands for none.
+		list[u.Name] = tunnel.Rank{Weight: uint16(max(1, u.Weight)), Preference: uint16(u.Preference) + 1}
+	}
+	return list
 }
 
 // Settings returns the revision in force.

@@ -14,8 +14,8 @@ import (
 // module in some.
 const calmControl = "bbr"
 
-// calm says how the sessions of one router send: by which congestion control, and
-// which packet scheduler. A flow looks here each time before it sends, so that a change costs nothing for
+// calm says how the sessions of one router send: by which congestion control and
+// packet scheduler, and how that ranks their subflows. A flow looks here each time before it sends, so that a change costs nothing for
 // those that send nothing.
 type calm struct {
 	on      atomic.Bool
@@ -23,6 +23,8 @@ type calm struct {
 	missing atomic.Bool  // this kernel does not let us use calmControl
 
 	scheduler chosen
+	ranks     atomic.Pointer[ranking] // nil: none are set
+	asked     map[string]Rank         // by a router, guarded by Server.mu
 
 	log *slog.Logger
 }

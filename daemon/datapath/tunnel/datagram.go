@@ -72,6 +72,7 @@ func quicConfig() *quic.Config {
 // datagrams is a QUIC connection past WELCOME.
 type datagrams struct {
 	conn   *quic.Conn
+	link   string      // at the concentrator: the router's name for the uplink
 	closed atomic.Bool // by this end
 
 	fits, fitsAt atomic.Int64 // the longest message, and when that was found, Unix ns
@@ -397,8 +398,10 @@ func (v *Server) welcomeDatagrams(ctx context.Context, conn *quic.Conn, refusals
 		return
 	}
 	d := newDatagrams(conn)
+	d.link = g.Link
 	v.mu.Lock()
 	v.carried[d] = g.key
+	v.rankLocked(g.key)
 	stays := v.seen(g, conn.RemoteAddr())
 	v.mu.Unlock()
 	if !stays {
@@ -408,6 +411,7 @@ func (v *Server) welcomeDatagrams(ctx context.Context, conn *quic.Conn, refusals
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	delete(v.carried, d)
+	v.rankLocked(g.key)
 	r := v.routers[g.key]
 	r.connections[g.use]--
 	r.LastSeen = later(r.LastSeen, d.heard.Load())

@@ -109,7 +109,8 @@ type Pool struct {
 
 	nextProbe time.Time // when a path that no session could join is next tried
 
-	calm *calm
+	calm  *calm
+	ranks map[string]Rank // by path
 }
 
 // pooled is what the pool knows of a session.
@@ -197,6 +198,7 @@ func (p *Pool) SetPaths(paths []Path) {
 			s.path = ""
 		}
 	}
+	p.rankLocked()
 	p.mu.Unlock()
 	p.wake()
 }

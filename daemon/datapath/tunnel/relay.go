@@ -231,6 +231,7 @@ func (f *flow) pump(opening []byte) {
 		}
 		s.keepCalm()
 		s.keepScheduler()
+		s.keepRanks()
 		if moved >= earlyBytes {
 			s.keepPaced()
 			now := time.Now()

@@ -73,6 +73,8 @@ type Session struct {
 	calmed    bool // which one it is
 	paced     bool // its subflows send no bursts
 	scheduler string
+	ranks     *ranking // that its subflows have had since ranked
+	ranked    time.Time
 	window    window
 
 	writing sync.Mutex // held while records are written, and guards a flow's sent marks

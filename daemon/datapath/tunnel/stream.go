@@ -55,6 +55,8 @@ type Wishes struct {
 	Stream bool     `json:"stream"`
 	// Scheduler is the packet scheduler that the router's sessions are to be sent by.
 	Scheduler string `json:"scheduler,omitempty"`
+	// Ranks are those that the scheduler asks of the subflows over each uplink.
+	Ranks map[string]Rank `json:"ranks,omitempty"`
 }
 
 // Port is a port of a concentrator.
