@@ -113,6 +113,42 @@ func (p *Packet) skipExtensions() (later bool) {
 	}
 }
 
+// stripMPTCP puts no-operation options (RFC 9293 §3.2) where those of MPTCP (kind
+// 30, RFC 8684 §3) are in a whole packet, and reports whether there were any.
+func stripMPTCP(packet []byte) bool {
+	const end, noOperation, mptcp, fixed = 0, 1, 30, 20
+	p, ok := ParsePacket(packet)
+	if !ok || p.Protocol != unix.IPPROTO_TCP || len(p.upper) < fixed || p.Source.Port() == 0 {
+		return false
+	}
+	options := p.upper[fixed:max(fixed, min(int(p.upper[12]>>4)*4, len(p.upper)))]
+	found := false
+	for i := 0; i < len(options) && options[i] != end; {
+		if options[i] == noOperation {
+			i++
+			continue
+		}
+		if i+1 >= len(options) || options[i+1] < 2 || i+int(options[i+1]) > len(options) {
+			break
+		}
+		next := i + int(options[i+1])
+		if options[i] == mptcp {
+			found = true
+			for ; i < next; i++ {
+				options[i] = noOperation
+			}
+		}
+		i = next
+	}
+	if found {
+		segment := p.upper[:min(len(p.upper), p.Length-(len(packet)-len(p.upper)))]
+		segment[16], segment[17] = 0, 0
+		sum := checksum(segment, pseudoHeader(p.Source.Addr(), p.Destination.Addr(), unix.IPPROTO_TCP, len(segment)))
+		binary.BigEndian.PutUint16(segment[16:], sum)
+	}
+	return found
+}
+
 func (p Packet) String() string {
 	text := fmt.Sprintf("%v > %v protocol %d, %d bytes", p.Source, p.Destination, p.Protocol, p.Length)
 	switch p.Protocol {

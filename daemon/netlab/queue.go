@@ -13,7 +13,8 @@ import (
 // The path of a decision:
 //
 //  1. A black hole swallows the frame; passes refuses what is too large for the
-//     uplink, and UDP where that is blocked.
+//     uplink, and UDP where that is blocked, and takes MPTCP out where that is
+//     stripped.
 //  2. The line is busy until the frame before has been sent. If that lasts
 //     longer than the queue is deep, the frame is dropped.
 //  3. It leaves when the line has sent all of it: start + size/rate.
@@ -25,7 +26,8 @@ type queue struct {
 	shape     Shape
 	blackHole bool
 	blockUDP  bool
-	mtu       int // of the uplink, 0 if no smaller than the interface's
+	strip     bool // options of MPTCP
+	mtu       int  // of the uplink, 0 if no smaller than the interface's
 	random    *rand.Rand
 	counters  Counters
 
@@ -59,6 +61,7 @@ type Counters struct {
 	QueueFull  uint64        // waited for the line longer than Shape.Queue
 	BlackHoled uint64        // by Uplink.BlackHole
 	UDPBlocked uint64        // by Uplink.BlockUDP
+	Stripped   uint64        // delivered without the options of MPTCP that they had, by Uplink.StripMPTCP
 	TooLarge   uint64        // for Uplink.SetMTU
 	LinkDown   uint64        // the receiving interface was down
 	BufferFull uint64        // more than maxFrames under way: the Shape is beyond the emulator
@@ -91,6 +94,9 @@ func (q *queue) passes(frame []byte) bool {
 			q.counters.UDPBlocked++
 			return false
 		}
+	}
+	if q.strip && len(frame) > header && stripMPTCP(frame[header:]) {
+		q.counters.Stripped++
 	}
 	return true
 }

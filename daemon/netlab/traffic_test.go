@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"strings"
 	"testing"
@@ -271,6 +272,52 @@ func TestBlockUDP(t *testing.T) {
 	}
 	if up, down := l.Uplinks[0].Counters(); up.UDPBlocked != 80 || down.UDPBlocked != 0 {
 		t.Errorf("blocked %d up, %d down; want 80 (20 in two fragments each, twice), and none", up.UDPBlocked, down.UDPBlocked)
+	}
+}
+
+// A connection that asks for MPTCP gets it, unless the uplink strips it, and works
+// all the same.
+func TestStripMPTCP(t *testing.T) {
+	l := newLab(t, Config{Uplinks: make([]Shape, 1)})
+	config := net.ListenConfig{}
+	config.SetMultipathTCP(true)
+	var listener net.Listener
+	must(t, l.Server.Do(func() (err error) {
+		listener, err = config.Listen(t.Context(), "tcp", ":"+port)
+		return err
+	}))
+	defer func() { _ = listener.Close() }()
+	go func() {
+		for {
+			c, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			go echo(c)
+		}
+	}()
+	dialer := net.Dialer{Timeout: 5 * time.Second}
+	dialer.SetMultipathTCP(true)
+	for _, stripped := range []bool{false, true, false} {
+		must(t, l.Uplinks[0].StripMPTCP(stripped))
+		for _, address := range []string{ServerAddress, ServerAddress6} {
+			var c net.Conn
+			must(t, l.LAN.Do(func() (err error) {
+				c, err = dialer.DialContext(t.Context(), "tcp", net.JoinHostPort(address, port))
+				return err
+			}))
+			_, err := ping(c, 5*time.Second)
+			must(t, err)
+			multipath, err := c.(*net.TCPConn).MultipathTCP()
+			must(t, err)
+			if multipath == stripped {
+				t.Errorf("%s: stripped %v: MPTCP %v", address, stripped, multipath)
+			}
+			_ = c.Close()
+		}
+	}
+	if up, down := l.Uplinks[0].Counters(); up.Stripped == 0 || down.Stripped > 0 {
+		t.Errorf("stripped %d up, %d down; want some, and none: the server was not asked for MPTCP", up.Stripped, down.Stripped)
 	}
 }
 

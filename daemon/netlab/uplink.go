@@ -79,6 +79,12 @@ func (u *Uplink) BlockUDP(on bool) error {
 	return u.shaped(func() { u.upstream.blockUDP, u.downstream.blockUDP = on, on })
 }
 
+// StripMPTCP makes the uplink overwrite every option of MPTCP in the TCP segments of
+// both directions, IPv4 and IPv6, as some middleboxes do; or ends that.
+func (u *Uplink) StripMPTCP(on bool) error {
+	return u.shaped(func() { u.upstream.strip, u.downstream.strip = on, on })
+}
+
 // MTUs that SetMTU takes: below the lower one the kernel ends IPv6 on an
 // interface (RFC 8200 §5), above the other the emulator has no room.
 const minMTU, maxMTU = 1280, 1500
