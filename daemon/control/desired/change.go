@@ -206,6 +206,10 @@ func (s State) After(changes ...Change) State {
 	s.Routes = slices.Clone(s.Routes)
 	s.Table.Chains = slices.Clone(s.Table.Chains)
 	s.Device.Addresses = slices.Clone(s.Device.Addresses)
+	s.Legs = slices.Clone(s.Legs)
+	for i := range s.Legs {
+		s.Legs[i].Addresses = slices.Clone(s.Legs[i].Addresses)
+	}
 	s.Sysctls = maps.Clone(s.Sysctls)
 	if s.MPTCP != nil {
 		m := *s.MPTCP
@@ -248,13 +252,17 @@ func (c ReplaceTable) on(s *State) {
 
 func (c DeleteTable) on(s *State) { s.Table = Table{} }
 
-func (c SetMTU) on(s *State) { s.Device.MTU = c.Bytes }
-func (c SetUp) on(s *State)  { s.Device.Up = true }
+func (c SetMTU) on(s *State) { s.device(c.Interface).MTU = c.Bytes }
+func (c SetUp) on(s *State)  { s.device(c.Interface).Up = true }
 
-func (c AddAddress) on(s *State) { s.Device.Addresses = append(s.Device.Addresses, c.Address) }
+func (c AddAddress) on(s *State) {
+	d := s.device(c.Interface)
+	d.Addresses = append(d.Addresses, c.Address)
+}
 
 func (c DeleteAddress) on(s *State) {
-	s.Device.Addresses = slices.DeleteFunc(s.Device.Addresses, func(a netip.Prefix) bool { return a == c.Address })
+	d := s.device(c.Interface)
+	d.Addresses = slices.DeleteFunc(d.Addresses, func(a netip.Prefix) bool { return a == c.Address })
 }
 
 func (c AddEndpoint) on(s *State) { s.MPTCP.Endpoints = append(s.MPTCP.Endpoints, c.Endpoint) }

@@ -72,6 +72,7 @@ func Compile(s settings.Settings, statuses []uplink.Status, lan []netip.Prefix, 
 	for i, u := range s.Uplinks {
 		if status, ok := find(usable, u); ok {
 			compileUplink(&state, i, status, usable)
+			compileLeg(&state, i, status.Leg)
 		}
 	}
 	state.MPTCP = compileMPTCP(s, best, t)
@@ -248,6 +249,25 @@ func compileUplink(state *State, place int, status uplink.Status, all []uplink.S
 		}
 		state.Rules = append(state.Rules, rule)
 	}
+}
+
+// compileLeg sets the TUN of an uplink's leg, and makes packets from its addresses
+// leave by it. What they are put into leaves by the uplink.
+func compileLeg(state *State, place int, leg uplink.Leg) {
+	if leg.Index == 0 {
+		return
+	}
+	device := Device{Interface: Interface{Index: leg.Index, Name: leg.Interface}, MTU: leg.MTU, Up: true}
+	for _, address := range leg.Addresses {
+		device.Addresses = append(device.Addresses, single(address))
+		route := Route{Table: firstLegTable + place, Destination: anyIPv4, Interface: device.Interface, Metric: metric(address), InitCwnd: initialWindow}
+		if address.Is6() {
+			route.Destination = anyIPv6
+		}
+		state.Routes = append(state.Routes, route)
+		state.Rules = append(state.Rules, Rule{IPv6: address.Is6(), Priority: firstLegPriority + place, Source: single(address), Table: route.Table})
+	}
+	state.Legs = append(state.Legs, device)
 }
 
 // defaultRoute leads out by an uplink, with what it takes to reach its gateway.

@@ -1,6 +1,9 @@
 package desired
 
-import "net/netip"
+import (
+	"net/netip"
+	"slices"
+)
 
 // Concentrator is what the concentrator knows of its packet path.
 type Concentrator struct {
@@ -8,10 +11,20 @@ type Concentrator struct {
 	Network4, Network6 netip.Prefix // of the inner addresses; Network6 may be invalid
 	Gateway4, Gateway6 netip.Addr   // the concentrator's own inner addresses
 	ConnectRouters     bool         // routers may reach one another
+	Legs               ConcentratorLegs
 	UDPForwards        []UDPForward
 	// HadForwarding4 and HadForwarding6 say that the machine forwarded packets
 	// before we made it do so: then what is not ours is none of our business.
 	HadForwarding4, HadForwarding6 bool
+}
+
+// ConcentratorLegs are what the concentrator knows of the legs that end at it.
+type ConcentratorLegs struct {
+	Device Interface // their TUN; Index 0: there is none now
+	// Gateway4 and Gateway6 are its own addresses, with the network of all of a leg.
+	Gateway4, Gateway6 netip.Prefix
+	// Listeners are where routers' sessions are accepted: all that a leg leads to.
+	Listeners []netip.AddrPort
 }
 
 // UDPForward leads a UDP port of the concentrator to a router's inner address.
@@ -27,10 +40,15 @@ type UDPForward struct {
 //
 //	TUN ─▶ forward (not to another router) ─▶ masquerade ─▶ Internet
 //	TUN ◀─ forward (asked for, or forwarded) ◀─ prerouting ◀─ Internet
+//
+// and of a subflow's packet from a leg, which goes nowhere but to the listener:
+//
+//	TUN of legs ─▶ prerouting (to the address that a cloud's NAT would put in) ─▶ input
 func CompileConcentrator(c Concentrator) State {
 	tunnel := []string{ConcentratorTunnelName}
-	own := []string{ConcentratorTunnelName, loopback.Name}
-	var guard, translate, forward, masquerade [][]Statement
+	own := []string{ConcentratorTunnelName, ConcentratorLegName, loopback.Name}
+	guard, translate, forward, input := c.Legs.rules()
+	var masquerade [][]Statement
 
 	type family struct {
 		ipv6          bool
@@ -77,7 +95,7 @@ func CompileConcentrator(c Concentrator) State {
 	state := State{Table: Table{Name: ConcentratorTableName, Chains: []Chain{
 		{Name: "guard", Type: "filter", Hook: "prerouting", Priority: priorityRaw, Rules: guard},
 		{Name: "translate", Type: "nat", Hook: "prerouting", Priority: priorityDestinationNAT, Rules: translate},
-		{Name: "input", Type: "filter", Hook: "input", Priority: priorityFilter, Rules: inputRules(ConcentratorTunnelName, c.Gateway4, c.Gateway6)},
+		{Name: "input", Type: "filter", Hook: "input", Priority: priorityFilter, Rules: append(input, inputRules(ConcentratorTunnelName, c.Gateway4, c.Gateway6)...)},
 		{Name: "forward", Type: "filter", Hook: "forward", Priority: priorityFilter, Rules: append(forward, segmentRules(ConcentratorTunnelName)...)},
 		{Name: "masquerade", Type: "nat", Hook: "postrouting", Priority: prioritySourceNAT, Rules: masquerade},
 	}}.sealed()}
@@ -94,5 +112,33 @@ func CompileConcentrator(c Concentrator) State {
 		}
 		state.Sysctls[reversePath(c.Device.Name)] = Sysctl{Value: "2"}
 	}
+	if c.Legs.Device.Index != 0 {
+		state.Legs = []Device{{Interface: c.Legs.Device, MTU: LegMTU, Up: true, Addresses: []netip.Prefix{c.Legs.Gateway4, c.Legs.Gateway6}}}
+	}
 	return state
+}
+
+// rules keep legs to the listeners, and everybody else from their addresses.
+func (l ConcentratorLegs) rules() (guard, translate, forward, input [][]Statement) {
+	legs := []string{ConcentratorLegName}
+	from := MatchInput{Interfaces: legs}
+	if l.Gateway4.IsValid() {
+		guard = [][]Statement{{MatchInput{Interfaces: append(legs, loopback.Name), Not: true}, MatchSource{Prefix: l.Gateway4.Masked()}, Drop}}
+	}
+	forward = [][]Statement{{from, Drop}, {MatchOutput{Interfaces: legs}, Drop}}
+	for _, listener := range l.Listeners {
+		tcp := []Statement{from, MatchProtocol{Number: protocolTCP}, MatchPort{First: listener.Port(), Last: listener.Port()}}
+		for _, gateway := range []netip.Prefix{l.Gateway4, l.Gateway6} {
+			to := listener.Addr()
+			if to.IsUnspecified() && (to.Is6() || gateway.Addr().Is4()) {
+				to = gateway.Addr()
+			}
+			if to.Is6() != gateway.Addr().Is6() || !gateway.IsValid() {
+				continue
+			}
+			translate = append(translate, append([]Statement{from, MatchFamily{to.Is6()}}, append(slices.Clone(tcp[1:]), TranslateDestination{netip.AddrPortFrom(to, listener.Port())})...))
+			input = append(input, []Statement{from, MatchDestination{single(to)}, tcp[1], tcp[2], Accept})
+		}
+	}
+	return guard, translate, forward, append(input, []Statement{from, Drop})
 }

@@ -13,6 +13,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 
 	"sheaf/daemon/control/settings"
 	"sheaf/daemon/datapath/uplink"
@@ -60,7 +61,7 @@ func emptySysctls() map[string]Sysctl {
 }
 
 // parseStatus reads "dsl wan1#3 10.1.0.2/24>10.1.0.1 2001:db8::2/64>fe80::1 unfit",
-// and "sport=100-199" for ports of its own.
+// "sport=100-199" for ports of its own, and "leg=sheafleg0#12,1408,10.84.0.2,up".
 func parseStatus(t *testing.T, line string) uplink.Status {
 	t.Helper()
 	words := strings.Fields(line)
@@ -77,11 +78,33 @@ func parseStatus(t *testing.T, line string) uplink.Status {
 			fmt.Sscanf(ports, "%d-%d", &s.Ports.First, &s.Ports.Last)
 			continue
 		}
+		if leg, ok := strings.CutPrefix(w, "leg="); ok {
+			s.Leg = parseLeg(leg)
+			continue
+		}
 		source, gateway, _ := strings.Cut(w, ">")
 		s.Sources = append(s.Sources, netip.MustParsePrefix(source))
 		s.Gateways = append(s.Gateways, netip.MustParseAddr(gateway))
 	}
 	return s
+}
+
+func parseLeg(text string) (leg uplink.Leg) {
+	for i, w := range strings.Split(text, ",") {
+		switch {
+		case i == 0:
+			name, index, _ := strings.Cut(w, "#")
+			leg.Interface = name
+			fmt.Sscan(index, &leg.Index)
+		case i == 1:
+			fmt.Sscan(w, &leg.MTU)
+		case w == "up":
+			leg.Up = true
+		default:
+			leg.Addresses = append(leg.Addresses, netip.MustParseAddr(w))
+		}
+	}
+	return leg
 }
 
 // parseTunnel reads "sheaf0#9 up 10.83.0.2>10.83.0.1 fd00::2>fd00::1 lte dsl":
@@ -112,13 +135,21 @@ func parseTunnel(t *testing.T, line string) (tunnel Tunnel) {
 }
 
 // parseConcentrator reads "sheaf-c0#9 10.83.0.1/16 fd00::1/48 connect had4 had6
-// udp 5060>10.83.0.2:5060".
+// 5060>10.83.0.2:5060 listen=[::]:4443", and
+// "legs=sheaf-cleg0#10,10.84.0.1/16,fd00:0:0:ffff::1/64".
 func parseConcentrator(t *testing.T, line string) (c Concentrator) {
 	t.Helper()
 	for _, w := range strings.Fields(line) {
 		name, index, isDevice := strings.Cut(w, "#")
 		port, to, isForward := strings.Cut(w, ">")
 		switch {
+		case strings.HasPrefix(w, "listen="):
+			c.Legs.Listeners = append(c.Legs.Listeners, netip.MustParseAddrPort(strings.TrimPrefix(w, "listen=")))
+		case strings.HasPrefix(w, "legs="):
+			parts := strings.Split(strings.TrimPrefix(w, "legs="), ",")
+			c.Legs.Device.Name, index, _ = strings.Cut(parts[0], "#")
+			fmt.Sscan(index, &c.Legs.Device.Index)
+			c.Legs.Gateway4, c.Legs.Gateway6 = netip.MustParsePrefix(parts[1]), netip.MustParsePrefix(parts[2])
 		case isDevice:
 			c.Device.Name = name
 			fmt.Sscan(index, &c.Device.Index)
@@ -157,6 +188,24 @@ func (s State) appear(device Interface) State {
 	if device.Index != 0 {
 		s.Device = Device{Interface: device, MTU: 1500}
 		s.Sysctls[forwarding4(device.Name)], s.Sysctls[reversePath(device.Name)] = Sysctl{Value: "0"}, Sysctl{Value: "1"}
+	}
+	return s
+}
+
+// appearLegs does the same for the TUN devices of legs.
+func (s State) appearLegs(devices ...Interface) State {
+	s = s.After()
+	there := func(d Device) bool { return slices.Contains(devices, d.Interface) }
+	for _, d := range s.Legs {
+		if !there(d) {
+			s.Routes = slices.DeleteFunc(s.Routes, func(r Route) bool { return r.Interface.Index == d.Interface.Index })
+		}
+	}
+	s.Legs = slices.DeleteFunc(s.Legs, func(d Device) bool { return !there(d) })
+	for _, i := range devices {
+		if i.Index != 0 && !slices.ContainsFunc(s.Legs, func(d Device) bool { return d.Interface == i }) {
+			s.Legs = append(s.Legs, Device{Interface: i, MTU: 1500})
+		}
 	}
 	return s
 }
@@ -222,6 +271,11 @@ func TestStories(t *testing.T) {
 					for line := range strings.Lines(strings.TrimSpace(body)) {
 						statuses = append(statuses, parseStatus(t, line))
 					}
+					var legs []Interface
+					for _, s := range statuses {
+						legs = append(legs, Interface{Index: s.Leg.Index, Name: s.Leg.Interface})
+					}
+					kernel = kernel.appearLegs(legs...)
 				case "lan":
 					lan = nil
 					for network := range strings.FieldsSeq(body) {
@@ -233,7 +287,7 @@ func TestStories(t *testing.T) {
 				case "concentrator":
 					c := parseConcentrator(t, body)
 					middle = &c
-					kernel = kernel.appear(c.Device)
+					kernel = kernel.appear(c.Device).appearLegs(c.Legs.Device)
 				case "changes", "barrier":
 					want := Compile(chosen, statuses, lan, tunnel)
 					if middle != nil {
@@ -597,6 +651,11 @@ func randomState(r *rand.Rand) State {
 			s.Gateways = append(s.Gateways, netip.MustParseAddr("fe80::1"))
 		}
 		s.Fit = len(s.Sources) > 0 && r.IntN(4) > 0
+		if r.IntN(4) == 0 {
+			leg := testLegs[i]
+			s.Leg = uplink.Leg{Interface: leg.Name, Index: leg.Index, MTU: LegMTU, Up: r.IntN(2) > 0,
+				Addresses: []netip.Addr{netip.AddrFrom4([4]byte{10, 84, byte(i), byte(2 + r.IntN(2))})}}
+		}
 		if i > 0 && r.IntN(3) == 0 { // through another gateway, from the same addresses
 			other := &statuses[i-1]
 			s.Sources, s.Gateways = slices.Clone(other.Sources), slices.Clone(other.Gateways)
@@ -630,13 +689,20 @@ func randomState(r *rand.Rand) State {
 
 var testDevice = Interface{Index: 99, Name: TunnelName}
 
+var testLegs = func() (legs []Interface) {
+	for i := range settings.MaxUplinks {
+		legs = append(legs, Interface{Index: 200 + i, Name: LegName(i)})
+	}
+	return legs
+}()
+
 // TestDiffLeadsToWhatIsWanted: from any state to any other, in one step, with
 // additions first, with never more endpoints than the kernel holds, and with
 // nothing to do afterwards.
 func TestDiffLeadsToWhatIsWanted(t *testing.T) {
 	for seed := range uint64(400) {
 		r := rand.New(rand.NewPCG(seed, 0))
-		have := emptyKernel().appear(testDevice)
+		have := emptyKernel().appear(testDevice).appearLegs(testLegs...)
 		have = have.After(Diff(have, randomState(r))...)
 		want := randomState(r)
 		changes := Diff(have, want)
@@ -672,6 +738,10 @@ func TestDiffLeadsToWhatIsWanted(t *testing.T) {
 		if want.Device.Interface.Index == 0 {
 			want.Device = step.Device
 		}
+		// Those of which nothing is wanted are the data path's to take away.
+		step.Legs = slices.DeleteFunc(step.Legs, func(d Device) bool {
+			return !slices.ContainsFunc(want.Legs, func(w Device) bool { return w.Interface == d.Interface })
+		})
 		slices.SortFunc(step.Device.Addresses, netip.Prefix.Compare)
 		slices.SortFunc(want.Device.Addresses, netip.Prefix.Compare)
 		for path, w := range want.Sysctls {
@@ -682,7 +752,7 @@ func TestDiffLeadsToWhatIsWanted(t *testing.T) {
 		step.Sysctls, want.Sysctls, want.OutOfTree = nil, nil, nil
 		equal := cmp.Diff(want, step, cmp.Comparer(func(a, b netip.Addr) bool { return a == b }), cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }),
 			cmp.Comparer(func(a, b []Rule) bool { return slices.Equal(a, b) }), cmp.Comparer(func(a, b []Route) bool { return slices.Equal(a, b) }),
-			cmp.Comparer(func(a, b []Endpoint) bool { return slices.Equal(a, b) }), cmp.Comparer(func(a, b []netip.Prefix) bool { return slices.Equal(a, b) }), cmp.Comparer(func(a, b Table) bool { return a.same(b) }))
+			cmp.Comparer(func(a, b []Endpoint) bool { return slices.Equal(a, b) }), cmp.Comparer(func(a, b []netip.Prefix) bool { return slices.Equal(a, b) }), cmp.Comparer(func(a, b Table) bool { return a.same(b) }), cmpopts.EquateEmpty())
 		if equal != "" {
 			t.Fatalf("seed %d: -want +got\n%s", seed, equal)
 		}

@@ -37,8 +37,13 @@ func Diff(have, want State) []Change {
 	setOutOfTree, openLinks, endLinks := diffOutOfTree(have.OutOfTree, want.OutOfTree)
 	added = append(added, setOutOfTree...)
 
-	addAddresses, deleteAddresses := diffDevice(have.Device, want.Device)
-	added = append(added, addAddresses...)
+	var deleteAddresses []Change
+	for _, w := range append([]Device{want.Device}, want.Legs...) {
+		if h := have.device(w.Interface); h != nil && w.Interface.Index != 0 {
+			add, remove := diffDevice(*h, w)
+			added, deleteAddresses = append(added, add...), append(deleteAddresses, remove...)
+		} // else the TUN is not, or not yet, the one that is meant
+	}
 
 	held := map[Route][]Route{}
 	for _, r := range have.Routes {
@@ -106,11 +111,7 @@ func Diff(have, want State) []Change {
 	return slices.Concat(barrier, added, replaced, deleted)
 }
 
-// diffDevice leaves alone a TUN that is not, or not yet, the one that is meant.
 func diffDevice(have, want Device) (added, deleted []Change) {
-	if want.Interface.Index == 0 || want.Interface.Index != have.Interface.Index {
-		return nil, nil
-	}
 	if have.MTU != want.MTU {
 		added = append(added, SetMTU{want.Interface, want.MTU})
 	}
@@ -140,7 +141,8 @@ func diffSysctls(have, want State) []Change {
 		for path := range have.Sysctls {
 			name, found := strings.CutSuffix(strings.TrimPrefix(path, "ipv6/conf/"), "/accept_ra")
 			inLAN := slices.ContainsFunc(want.Rules, func(r Rule) bool { return r.Input == name })
-			if found && !inLAN && name != TunnelName && name != ConcentratorTunnelName && name != loopback.Name {
+			ours := name == TunnelName || name == ConcentratorTunnelName || name == ConcentratorLegName || strings.HasPrefix(name, LegPrefix)
+			if found && !inLAN && !ours && name != loopback.Name {
 				wanted[path] = Sysctl{Value: "2", Instead: "1"}
 			}
 		}

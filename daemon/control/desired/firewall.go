@@ -24,6 +24,9 @@ import (
 //	input         nothing but answers and ICMP
 //	forward       only to the LAN, and only what is asked for or forwarded
 
+// What comes out of the legs is answers for this machine, too, and is never
+// forwarded.
+
 // compileTable makes the router's table. Clients are diverted even when no
 // uplink is left: their connections then get a clear answer from the daemon.
 func compileTable(s settings.Settings, t Tunnel, best bestUplinks) Table {
@@ -31,20 +34,24 @@ func compileTable(s settings.Settings, t Tunnel, best bestUplinks) Table {
 	if len(lan) == 0 {
 		return Table{}
 	}
-	var uplinks []string
-	for _, u := range s.Uplinks {
+	var uplinks, legs []string
+	for i, u := range s.Uplinks {
 		uplinks = append(uplinks, u.Interface)
+		legs = append(legs, LegName(i))
 	}
+	slices.Sort(legs)
 	uplinks = slices.Compact(slices.Sorted(slices.Values(uplinks)))
 	return Table{Name: TableName, Chains: []Chain{
 		{Name: "intercept", Type: "filter", Hook: "prerouting", Priority: priorityMangle, Rules: interceptRules(lan)},
 		{Name: "translate", Type: "nat", Hook: "prerouting", Priority: priorityDestinationNAT, Rules: slices.Concat(
 			dnsRules(lan, s, t, best), forwardRules(s.Forwards),
 		)},
-		{Name: "input", Type: "filter", Hook: "input", Priority: priorityFilter, Rules: inputRules(TunnelName, netip.Addr{}, netip.Addr{})},
+		{Name: "input", Type: "filter", Hook: "input", Priority: priorityFilter, Rules: append(
+			inputRules(TunnelName, netip.Addr{}, netip.Addr{}), legInputRules(legs)...,
+		)},
 		{Name: "class", Type: "filter", Hook: "forward", Priority: priorityMangle, Rules: classRules(lan, s.Classes)},
 		{Name: "forward", Type: "filter", Hook: "forward", Priority: priorityFilter, Rules: slices.Concat(
-			passRules(lan, uplinks, s.WhenTunnelDown), segmentRules(TunnelName),
+			legPassRules(legs), passRules(lan, uplinks, s.WhenTunnelDown), segmentRules(TunnelName),
 		)},
 		{Name: "masquerade", Type: "nat", Hook: "postrouting", Priority: prioritySourceNAT, Rules: [][]Statement{
 			{MatchMark{masqueradeMark, MarkMask}, Masquerade{}},
@@ -215,6 +222,23 @@ func inputRules(tunnel string, names4, names6 netip.Addr) [][]Statement {
 		rules = append(rules, []Statement{from, MatchFamily{true}, MatchProtocol{Number: protocolICMPv6}, MatchICMP{true, kind}, Accept})
 	}
 	return append(rules, []Statement{from, Drop})
+}
+
+// legInputRules and legPassRules make legs the way of our own subflows and nothing
+// else. They name those of all uplinks, so that the table stays when legs come and go.
+func legInputRules(legs []string) [][]Statement {
+	if len(legs) == 0 {
+		return nil
+	}
+	from := MatchInput{Interfaces: legs}
+	return [][]Statement{{from, MatchConnection{Established | Related}, Accept}, {from, Drop}}
+}
+
+func legPassRules(legs []string) [][]Statement {
+	if len(legs) == 0 {
+		return nil
+	}
+	return [][]Statement{{MatchInput{Interfaces: legs}, Drop}, {MatchOutput{Interfaces: legs}, Drop}}
 }
 
 // segmentRules keep TCP that is forwarded through a TUN below its MTU. Into it

@@ -16,6 +16,7 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 
 	"sheaf/daemon/control/settings"
@@ -35,19 +36,21 @@ const (
 	Protocol = 83
 
 	// Tables: one through which diverted packets reach the local listener, one
-	// for every uplink, by its place in the settings, and the last for what
-	// comes from the LAN: no uplink can have that (settings.MaxUplinks).
+	// for every uplink, by its place in the settings, then one for every uplink's
+	// leg, and the last for what comes from the LAN: no uplink can have that
+	// (settings.MaxUplinks).
 	FirstTable       = 8300
 	LastTable        = 8363
 	interceptTable   = FirstTable
 	firstUplinkTable = FirstTable + 1
+	firstLegTable    = firstUplinkTable + settings.MaxUplinks
 	lanTable         = LastTable
 	mainTable        = 254 // RT_TABLE_MAIN: a rule of ours leads there, no route of ours is in it
 
 	// Rule priorities: diverted packets, then what goes to the LAN, then what
 	// comes from there, then one for every uplink, then one for every uplink that
-	// shares its address with others, whose ports come first. All come before the
-	// main table's 32766.
+	// shares its address with others, whose ports come first, then those of legs.
+	// All come before the main table's 32766.
 	FirstPriority       = 8300
 	LastPriority        = 8363
 	interceptPriority   = FirstPriority
@@ -55,6 +58,7 @@ const (
 	fromLANPriority     = FirstPriority + 2
 	firstUplinkPriority = FirstPriority + 3
 	firstSharedPriority = firstUplinkPriority + settings.MaxUplinks
+	firstLegPriority    = firstSharedPriority + settings.MaxUplinks
 
 	// Mark is what diverted packets carry in the bits of MarkMask, and
 	// masqueradeMark what forwarded ones do that are to be masqueraded:
@@ -74,6 +78,15 @@ const (
 	TunnelName             = "sheaf0"
 	ConcentratorTunnelName = "sheaf-c0"
 	TunnelMTU              = 1380
+
+	// LegPrefix begins the names of the TUN devices of legs, which LegName makes,
+	// and ConcentratorLegName is that of their other end. LegMTU is the most that
+	// they have, in bytes, and a multiple of what WireGuard pads to, 16: with 32 of
+	// its own such a packet still fits into the 1452 that quic-go, with which it
+	// shares the concentrator's port, takes from a UDP socket.
+	LegPrefix           = "sheafleg"
+	ConcentratorLegName = "sheaf-cleg0"
+	LegMTU              = 1408
 
 	dnsPort = 53 // RFC 1035
 
@@ -115,6 +128,7 @@ type State struct {
 	Routes []Route
 	Table  Table
 	Device Device
+	Legs   []Device // of the legs, in the order of their names
 	// Sysctls by path below /proc/sys/net. Those wanted are written where they
 	// exist; those read are all that this package has an interest in.
 	Sysctls map[string]Sysctl
@@ -165,7 +179,21 @@ type Interface struct {
 	Name  string
 }
 
-// Device is the TUN of the packet path. The data path makes it and takes it
+// LegName is the TUN of the leg of the uplink with a place in the settings.
+func LegName(place int) string { return LegPrefix + strconv.Itoa(place) }
+
+// device is the TUN that an interface is, or nil.
+func (s *State) device(i Interface) *Device {
+	if s.Device.Interface.Index == i.Index {
+		return &s.Device
+	}
+	if at := slices.IndexFunc(s.Legs, func(d Device) bool { return d.Interface.Index == i.Index }); at >= 0 {
+		return &s.Legs[at]
+	}
+	return nil
+}
+
+// Device is a TUN, of the packet path or of a leg. The data path makes it and takes it
 // away; only what it is set to is wanted here.
 type Device struct {
 	Interface Interface // Index 0: there is none, or nothing is wanted of it

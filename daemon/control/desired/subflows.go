@@ -20,7 +20,8 @@ import (
 // As with a State, what is there is what the kernel says, never what was done
 // before.
 
-// Way is one way out: an address of an uplink that is fit and not off.
+// Way is one way out: an address of an uplink that is fit and not off, or of its
+// leg.
 type Way struct {
 	Uplink    string
 	Source    netip.Addr
@@ -39,11 +40,15 @@ func (b bestUplinks) ways(s settings.Settings) []Way {
 	var ways []Way
 	for _, status := range b {
 		backup := slices.ContainsFunc(s.Uplinks, func(u settings.Uplink) bool { return u.Name == status.Name && u.Mode == settings.Backup })
-		for _, source := range status.Sources {
-			ways = append(ways, Way{
-				Uplink: status.Name, Source: source.Addr(), Ports: status.Ports,
-				Interface: Interface{Index: status.Index, Name: status.Interface}, Backup: backup,
-			})
+		way := Way{
+			Uplink: status.Name, Ports: status.Ports,
+			Interface: Interface{Index: status.Index, Name: status.Interface}, Backup: backup,
+		}
+		if leg := status.Leg; leg.Up { // which shares its addresses with nobody
+			way.Ports, way.Interface = Ports{}, Interface{Index: leg.Index, Name: leg.Interface}
+		}
+		for _, way.Source = range status.SubflowSources() {
+			ways = append(ways, way)
 		}
 	}
 	return ways

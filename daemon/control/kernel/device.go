@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strings"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -13,33 +14,43 @@ import (
 	"sheaf/daemon/control/desired"
 )
 
-// readDevice reads the TUN of our name, if there is one.
-func (k *Kernel) readDevice(names map[int]string) (desired.Device, error) {
-	index := 0
-	for i, name := range names {
-		if name == k.scope.device {
-			index = i
+// readDevices reads the TUN devices of our names that there are.
+func (k *Kernel) readDevices(names map[int]string) (tunnel desired.Device, legs []desired.Device, err error) {
+	for index, name := range names {
+		if name != k.scope.device && !strings.HasPrefix(name, k.scope.legs) {
+			continue
+		}
+		device, err := k.readDevice(desired.Interface{Index: index, Name: name})
+		switch {
+		case err != nil:
+			return tunnel, legs, err
+		case name == k.scope.device:
+			tunnel = device
+		case device.Interface.Index != 0:
+			legs = append(legs, device)
 		}
 	}
-	if index == 0 {
-		return desired.Device{}, nil
-	}
-	link, err := k.routing.LinkByIndex(index)
+	slices.SortFunc(legs, func(a, b desired.Device) int { return strings.Compare(a.Interface.Name, b.Interface.Name) })
+	return tunnel, legs, nil
+}
+
+func (k *Kernel) readDevice(i desired.Interface) (desired.Device, error) {
+	link, err := k.routing.LinkByIndex(i.Index)
 	var gone netlink.LinkNotFoundError
 	if errors.As(err, &gone) || errors.Is(err, unix.ENODEV) {
 		return desired.Device{}, nil // just now
 	}
 	if err != nil {
-		return desired.Device{}, fmt.Errorf("read interface %s: %w", k.scope.device, err)
+		return desired.Device{}, fmt.Errorf("read interface %s: %w", i.Name, err)
 	}
 	device := desired.Device{
-		Interface: desired.Interface{Index: index, Name: k.scope.device},
+		Interface: i,
 		MTU:       link.Attrs().MTU,
 		Up:        link.Attrs().Flags&net.FlagUp != 0,
 	}
 	addresses, err := dump(func() ([]netlink.Addr, error) { return k.routing.AddrList(link, netlink.FAMILY_ALL) })
 	if err != nil {
-		return desired.Device{}, fmt.Errorf("list the addresses of %s: %w", k.scope.device, err)
+		return desired.Device{}, fmt.Errorf("list the addresses of %s: %w", i.Name, err)
 	}
 	for _, a := range addresses {
 		p := fromIPNet(a.IPNet)

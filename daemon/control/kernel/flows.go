@@ -102,7 +102,7 @@ func (k *Kernel) forgetFlows(t desired.Table) error {
 	if err != nil {
 		return err
 	}
-	device, err := k.readDevice(names)
+	device, _, err := k.readDevices(names)
 	if err != nil {
 		return err
 	}

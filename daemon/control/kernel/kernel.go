@@ -8,7 +8,7 @@
 //	[]desired.Change ─▶ Apply ─┬▶ routing.go    rules and routes, by rtnetlink
 //	                           ├▶ table.go      our nftables table, by nf_tables
 //	                           │   └▶ flows.go  tracked flows that it leads elsewhere, by nf_conntrack
-//	                           ├▶ device.go     the TUN: MTU, up, addresses
+//	                           ├▶ device.go     the TUN devices: MTU, up, addresses
 //	                           ├▶ endpoint.go   upstream MPTCP: endpoints and limits, by mptcp_pm
 //	                           ├▶ outoftree.go  MPTCP v0.9x: flags of interfaces, parameters of modules
 //	                           └▶ sysctl.go     /proc/sys/net
@@ -79,6 +79,7 @@ type Kernel struct {
 type scope struct {
 	table  string // of nftables
 	device string // the TUN
+	legs   string // begins the names of the TUN devices of legs
 	router bool   // has rules, routes and endpoints too
 }
 
@@ -97,13 +98,13 @@ var running = directories{sysctls: "/proc/sys/net", modules: "/sys/module", netw
 // New opens the kernel of the calling thread's network namespace for a router.
 // Its methods mean that namespace whichever thread calls them.
 func New() (*Kernel, error) {
-	return newKernel(scope{table: desired.TableName, device: desired.TunnelName, router: true}, running)
+	return newKernel(scope{table: desired.TableName, device: desired.TunnelName, legs: desired.LegPrefix, router: true}, running)
 }
 
 // NewConcentrator does the same for a concentrator: that has a table, a TUN and
 // sysctls, and the limits of MPTCP, but no rules, routes or endpoints.
 func NewConcentrator() (*Kernel, error) {
-	return newKernel(scope{table: desired.ConcentratorTableName, device: desired.ConcentratorTunnelName}, running)
+	return newKernel(scope{table: desired.ConcentratorTableName, device: desired.ConcentratorTunnelName, legs: desired.ConcentratorLegName}, running)
 }
 
 func newKernel(scope scope, directories directories) (_ *Kernel, err error) {
@@ -170,7 +171,7 @@ func (k *Kernel) Read(ctx context.Context) (desired.State, error) {
 		func() (err error) { state.Rules, err = k.readRules(); return err },
 		func() (err error) { state.Routes, err = k.readRoutes(names); return err },
 		func() (err error) { state.Table, err = k.readTable(); return err },
-		func() (err error) { state.Device, err = k.readDevice(names); return err },
+		func() (err error) { state.Device, state.Legs, err = k.readDevices(names); return err },
 		func() (err error) { state.Sysctls, err = k.readSysctls(names); return err },
 		func() (err error) { state.MPTCP, err = k.readMPTCP(names); return err },
 		func() (err error) { state.OutOfTree, err = k.readOutOfTree(); return err },

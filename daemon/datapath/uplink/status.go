@@ -27,7 +27,9 @@ type Status struct {
 	Gateways []netip.Addr
 	// Ports are those that traffic from Sources leaves from by this uplink, while
 	// others of the same interface share an address with it.
-	Ports  Ports
+	Ports Ports
+	// Leg is its detour around what removes MPTCP options, if it has one.
+	Leg    Leg
 	Fit    bool
 	Reason string // why it is not fit, one sentence; empty when it is
 
@@ -44,12 +46,38 @@ func (p Ports) Contains(port uint16) bool {
 	return p == Ports{} || p.First <= port && port <= p.Last
 }
 
+// Leg is an uplink's way to the concentrator within UDP: what is sent into a device
+// of its own.
+type Leg struct {
+	Interface string
+	Index     int // kernel index of the device, 0 while there is none
+	MTU       int // bytes
+	// Addresses are those inside, at most one per family.
+	Addresses []netip.Addr
+	Up        bool // it carries
+}
+
+// SubflowSources are the addresses that subflows by this uplink leave from.
+func (s Status) SubflowSources() []netip.Addr {
+	if s.Leg.Up {
+		return s.Leg.Addresses
+	}
+	sources := make([]netip.Addr, len(s.Sources))
+	for i, p := range s.Sources {
+		sources[i] = p.Addr()
+	}
+	return sources
+}
+
 // Of returns the place of the uplink that traffic from an address and port leaves
 // by, or -1. Ports that belong to none of several that share the address leave by
 // the first that is fit.
 func Of(statuses []Status, local netip.AddrPort) int {
 	at := -1
 	for i, s := range statuses {
+		if slices.Contains(s.Leg.Addresses, local.Addr()) {
+			return i
+		}
 		if !slices.ContainsFunc(s.Sources, func(p netip.Prefix) bool { return p.Addr() == local.Addr() }) {
 			continue
 		}
