@@ -11,6 +11,7 @@
 //	  tun/             the TUN device of either end: packets ↔ the kernel
 //	  bond/            packets ↔ messages over several links, classes, order, copies
 //	  tunnel/          flows and messages ↔ authenticated MPTCP sessions and QUIC connections, both ends
+//	  leg/             packets of subflows ↔ UDP, past what strips MPTCP, both ends
 //	  uplink/          watching each WAN: fit or unfit
 //	  egress/          flow → Internet, with what it refuses; ports and names for the routers
 //	control/

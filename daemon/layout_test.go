@@ -21,6 +21,7 @@ var law = map[string][]string{
 	"daemon/concentrator":       {"sheaf/daemon/datapath", "sheaf/daemon/control", "sheaf/webui"},
 	"daemon/datapath/bond":      {},
 	"daemon/datapath/intercept": {},
+	"daemon/datapath/leg":       {},
 	"daemon/datapath/tun":       {},
 	"daemon/datapath/tunnel":    {},
 	"daemon/datapath/uplink":    {},

@@ -53,6 +53,11 @@ type UplinkStatus struct {
 	// PlainTCP says that sessions over this uplink fell back to plain TCP:
 	// something on the path strips MPTCP.
 	PlainTCP bool `json:"plain_tcp"`
+	// Leg is udp while subflows over this uplink go through WireGuard over UDP,
+	// because LegReason: something on the path removes MPTCP options. With a reason
+	// and no leg, MPTCP cannot use the uplink.
+	Leg       string `json:"leg"`
+	LegReason string `json:"leg_reason"`
 	// Carrier is what takes packets other than TCP flows over this uplink:
 	// datagram (a QUIC connection of its own), stream (MPTCP sessions that it
 	// shares with other uplinks) or nothing.

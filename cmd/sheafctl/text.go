@@ -254,6 +254,9 @@ func uplinkReason(u webui.UplinkStatus) string {
 	if u.PlainTCP {
 		reasons = append(reasons, "plain TCP, its path strips MPTCP")
 	}
+	if u.LegReason != "" && u.LegReason != u.Reason {
+		reasons = append(reasons, or(u.Leg, "no")+" leg: "+u.LegReason)
+	}
 	// The reason of an uplink that carries nothing at all is that of its packets.
 	if u.CarrierReason != "" && u.CarrierReason != u.Reason {
 		reasons = append(reasons, "packets: "+u.CarrierReason)

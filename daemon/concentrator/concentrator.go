@@ -98,10 +98,16 @@ func Run(ctx context.Context, c Config) error {
 	ports.Reserved = append(ports.Reserved, portsOf(listeners)...)
 	con.packets = newPackets(c.Log, store, policy, ports, con.server.OpenInbound)
 	con.packets.calm, con.packets.schedule, con.packets.rank = con.server.SetCalm, con.server.SetScheduler, con.server.SetRanks
+	con.packets.legs = newLegs(c.Log, store, con.server.Beside)
 	if c.ConnectRouters {
 		con.packets.mutual = []netip.Prefix{Network4(), store.Network6()}
 	}
-	gateway, err := newGateway(ctx, c, store, con.packets)
+	var addresses []netip.AddrPort
+	for _, l := range listeners {
+		address := l.Addr().(*net.TCPAddr).AddrPort()
+		addresses = append(addresses, netip.AddrPortFrom(address.Addr().Unmap().WithZone(""), address.Port()))
+	}
+	gateway, err := newGateway(ctx, c, store, con.packets, addresses)
 	if err != nil {
 		// TCP needs nothing of the kernel.
 		c.Log.Warn("routers' packets are not carried, only their TCP: that takes nf_tables and CAP_NET_ADMIN", "error", err)

@@ -27,21 +27,27 @@ type gateway struct {
 	kernel   *kernel.Kernel
 	loop     *reconcile.Loop
 	resolver *egress.Resolver
+	// listeners are where routers' sessions are accepted.
+	listeners []netip.AddrPort
 	// hadForwarding says whether the machine forwarded before us: IPv4, IPv6.
 	hadForwarding [2]bool
 }
 
 // newGateway prepares the kernel's side.
-func newGateway(ctx context.Context, c Config, store *Store, p *packets) (*gateway, error) {
+func newGateway(ctx context.Context, c Config, store *Store, p *packets, listeners []netip.AddrPort) (*gateway, error) {
 	k, err := kernel.NewConcentrator()
 	if err != nil {
 		return nil, err
 	}
 	// Stored before it is changed: what a killed daemon changed, cleanup puts back.
 	k.Before = store.setSysctlsBefore
-	g := &gateway{log: c.Log, config: c, store: store, packets: p, kernel: k, resolver: egress.NewResolver(c.Resolvers, c.Log)}
+	g := &gateway{log: c.Log, config: c, store: store, packets: p, kernel: k, resolver: egress.NewResolver(c.Resolvers, c.Log), listeners: listeners}
 	g.loop = &reconcile.Loop{Kernel: k, Want: g.want, Log: c.Log}
-	p.changed = g.loop.Poke
+	p.changed, p.legs.changed = g.loop.Poke, g.loop.Poke
+	p.legs.multipath = func() bool {
+		info, err := k.Info()
+		return err == nil && info.MPTCP != kernel.NoMPTCP && info.Sysctls["enabled"] != "0"
+	}
 	var before map[string]string
 	have, err := k.Read(ctx)
 	if err == nil {
@@ -64,7 +70,7 @@ func newGateway(ctx context.Context, c Config, store *Store, p *packets) (*gatew
 func (g *gateway) want() (desired.State, error) {
 	c := desired.Concentrator{
 		Network4: Network4(), Network6: g.store.Network6(), Gateway4: Gateway4(), Gateway6: g.store.Gateway6(),
-		ConnectRouters: g.config.ConnectRouters, UDPForwards: g.packets.udpForwards(),
+		ConnectRouters: g.config.ConnectRouters, UDPForwards: g.packets.udpForwards(), Legs: g.packets.legs.state(g.listeners),
 		HadForwarding4: g.hadForwarding[0], HadForwarding6: g.hadForwarding[1],
 	}
 	if d := g.packets.device.Device(); d != nil {

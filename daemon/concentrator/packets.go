@@ -38,6 +38,7 @@ type packets struct {
 	store    *Store
 	checker  *egress.Checker
 	forwards *egress.Forwards
+	legs     *legs
 	calm     func(tunnel.PublicKey, bool)
 	schedule func(tunnel.PublicKey, string) (runs, reason string)
 	rank     func(tunnel.PublicKey, map[string]tunnel.Rank)
@@ -108,6 +109,7 @@ func (p *packets) run(ctx context.Context) {
 	p.closed = true
 	p.mu.Unlock()
 	p.forwards.Close()
+	p.legs.close()
 	p.working.Wait()
 }
 
@@ -252,6 +254,7 @@ func (p *packets) dropLocked(mb *member) {
 		delete(p.members, mb.key)
 		delete(p.byAddress, mb.inner.Address4)
 		delete(p.byAddress, mb.inner.Address6)
+		p.legs.set(mb.key, nil)
 	}
 	if mb.isCalm {
 		p.calm(mb.key, false)
@@ -334,9 +337,11 @@ func (p *packets) wished(mb *member, m tunnel.Messages, body []byte) {
 		p.log.Warn("a router's wish is not readable", "router", mb.name, "error", err)
 		return
 	}
+	a := tunnel.Answers{Forwards: []tunnel.PortAnswer{}}
 	p.mu.Lock()
 	current := p.members[mb.key] == mb
 	if current {
+		a.Legs = p.legs.set(mb.key, w.Legs)
 		mb.backup = w.Backup
 		for l, name := range mb.links {
 			l.SetBackup(slices.Contains(w.Backup, name))
@@ -353,7 +358,6 @@ func (p *packets) wished(mb *member, m tunnel.Messages, body []byte) {
 	for i, f := range w.Forwards {
 		wanted[i] = egress.Forward{ID: f.Port, Protocol: f.Protocol, Port: f.Port}
 	}
-	a := tunnel.Answers{Forwards: []tunnel.PortAnswer{}}
 	a.Scheduler, a.SchedulerReason = p.schedule(mb.key, w.Scheduler)
 	p.rank(mb.key, w.Ranks)
 	var active []tunnel.Port

@@ -182,6 +182,12 @@ func happened(before, now moment) (list []webui.Event) {
 		case !u.PlainTCP && old.PlainTCP:
 			add("uplink", u.Name, "no longer plain TCP")
 		}
+		switch {
+		case u.Leg != "" && old.Leg == "":
+			add("uplink", u.Name, because("its subflows go through a leg over "+u.Leg, u.LegReason))
+		case u.Leg == "" && old.Leg != "":
+			add("uplink", u.Name, because("no longer through a leg over "+old.Leg, u.LegReason))
+		}
 	}
 	for _, old := range before.uplinks {
 		if !slices.ContainsFunc(now.uplinks, func(u webui.UplinkStatus) bool { return u.Name == old.Name }) {

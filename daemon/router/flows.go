@@ -64,6 +64,9 @@ func (n *names) learn(statuses []uplink.Status) {
 		for _, source := range u.Sources {
 			n.byAddress[source.Addr()] = u.Name
 		}
+		for _, inner := range u.Leg.Addresses {
+			n.byAddress[inner] = u.Name
+		}
 	}
 }
 

@@ -80,6 +80,7 @@ type packets struct {
 	mu       sync.Mutex
 	peer     *tunnel.Peer
 	paths    []tunnel.Path
+	sessions []tunnel.Path // the same, as sessions are dialled from
 	inner    tunnel.Inner
 	wish     tunnel.Wishes  // what the concentrator is told
 	told     []byte         // as it was told last, over control
@@ -170,9 +171,9 @@ func (p *packets) setPeer(peer *tunnel.Peer) {
 	p.kick()
 }
 
-func (p *packets) setPaths(paths []tunnel.Path) {
+func (p *packets) setPaths(paths, sessions []tunnel.Path) {
 	p.mu.Lock()
-	p.paths = paths
+	p.paths, p.sessions = paths, sessions
 	p.mu.Unlock()
 	p.kick()
 }
@@ -344,7 +345,7 @@ func (p *packets) keep(ctx context.Context, peer *tunnel.Peer, c *carrier) {
 	for ctx.Err() == nil {
 		begun := time.Now()
 		p.mu.Lock()
-		path, all := c.path, slices.Clone(p.paths)
+		path, all := c.path, slices.Clone(p.sessions)
 		p.mu.Unlock()
 		var err error
 		if path.Name == "" {
@@ -489,6 +490,21 @@ func (p *packets) setWishes(list []settings.Forward, scheduler string, ranks map
 		p.wish.Forwards = append(p.wish.Forwards, tunnel.Port{Protocol: f.Protocol, Port: f.Port})
 	}
 	p.tellLocked()
+}
+
+// setLegs says which legs the concentrator is to make.
+func (p *packets) setLegs(list []tunnel.Leg) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.wish.Legs = list
+	p.tellLocked()
+}
+
+// legView is whom to reach, from where, and what is known of legs there.
+func (p *packets) legView() (*tunnel.Peer, []tunnel.Path, []tunnel.LegAnswer) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.peer, p.paths, p.answer.Legs
 }
 
 // tellLocked sends the wish if the concentrator has not heard it yet. It never

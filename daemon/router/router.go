@@ -3,6 +3,7 @@
 //	data     LAN client's TCP ─▶ intercept.Listener ─▶ carry ─▶ tunnel.Pool ─▶ Session.Relay
 //	                                                       └─▶ direct, while the tunnel is down
 //	         other LAN packets ─▶ TUN ─▶ packets ─▶ bond.Bond ─▶ tunnel's QUIC connections and sessions
+//	         what an uplink strips MPTCP from ─▶ legs: TUN ─▶ leg.End ─▶ UDP of its own
 //	         client of a forward ─▶ concentrator ─▶ tunnel.Inbound ─▶ connect ─▶ LAN host
 //	control  sheafctl ─▶ webui ─▶ Apply ─▶ settings ─┐
 //	         netlink event ───────────────▶ reconcile.Loop ─▶ want ─▶ kernel
@@ -79,6 +80,7 @@ type Router struct {
 	silence  *silence
 	filling  filling
 	subflows *subflows
+	legs     *legs
 	asking   sync.WaitGroup
 
 	changing sync.Mutex // orders changes of settings and enrolment
@@ -117,6 +119,7 @@ func Run(ctx context.Context, c Config) (err error) {
 	r.inbound = tunnel.NewInbound(r.pool, r.connect, c.Log)
 	r.packets = newPackets(c.Log)
 	r.subflows = newSubflows(c.Log)
+	r.legs = newLegs(c.Log, r.pool, r.packets)
 	r.packets.reach, r.packets.calm = r.pool.SetReachable, r.pool.SetCalm
 	if r.revision, err = st.settings.Current(); err != nil {
 		return err
@@ -136,7 +139,7 @@ func Run(ctx context.Context, c Config) (err error) {
 	r.kernel.Before = st.addSysctls
 	r.subflows.kernel, r.subflows.wish = r.kernel, r.ways
 	r.loop = &reconcile.Loop{Kernel: r.kernel, Want: r.want, Report: r.reconciled, Log: c.Log}
-	r.packets.changed = r.loop.Poke
+	r.packets.changed, r.legs.changed = r.loop.Poke, r.loop.Poke
 
 	listener, err := intercept.Listen(ctx, desired.InterceptPort, c.Log)
 	if err != nil {
@@ -163,6 +166,7 @@ func Run(ctx context.Context, c Config) (err error) {
 	work.Go(func() error { r.packets.run(ctx); return nil })
 	work.Go(func() error { r.inbound.Run(ctx); return nil })
 	work.Go(func() error { r.subflows.run(ctx); return nil })
+	work.Go(func() error { r.keepLegs(ctx); return nil })
 	work.Go(func() error { r.watchFlows(ctx); return nil })
 	work.Go(func() error { r.keepFilling(ctx); return nil })
 	work.Go(func() error { r.watch(ctx); return nil })
@@ -291,8 +295,8 @@ func (r *Router) reconciled(p reconcile.Pass) {
 	}
 	judged := r.silence.apply(set, statuses)
 	set, dialled := r.effective(set, judged)
-	r.pool.SetPaths(paths(dialled, judged))
-	r.packets.setPaths(paths(set, statuses))
+	r.pool.SetPaths(sessionPaths(dialled, judged))
+	r.packets.setPaths(paths(set, statuses), sessionPaths(set, statuses))
 	r.subflows.kick()
 }
 
@@ -326,7 +330,9 @@ func (r *Router) observe() ([]uplink.Status, error) {
 	if err != nil {
 		return nil, err
 	}
-	return uplink.Judge(seen, wanted), nil
+	statuses := uplink.Judge(seen, wanted)
+	r.legs.apply(statuses)
+	return statuses, nil
 }
 
 func (r *Router) current() settings.Revision {
@@ -335,8 +341,8 @@ func (r *Router) current() settings.Revision {
 	return r.revision
 }
 
-// paths are the uplinks that sessions may be dialled from: fit ones that are
-// not off.
+// paths are the uplinks that may be dialled from, by their own addresses: fit ones
+// that are not off.
 func paths(s settings.Settings, statuses []uplink.Status) []tunnel.Path {
 	var list []tunnel.Path
 	for _, status := range statuses {
@@ -348,7 +354,21 @@ func paths(s settings.Settings, statuses []uplink.Status) []tunnel.Path {
 		for _, source := range status.Sources {
 			p.Sources = append(p.Sources, source.Addr())
 		}
+		p.Others = status.Leg.Addresses
 		list = append(list, p)
+	}
+	return list
+}
+
+// sessionPaths are the same as MPTCP sessions are dialled from: by the leg where one
+// is up.
+func sessionPaths(s settings.Settings, statuses []uplink.Status) []tunnel.Path {
+	list := paths(s, statuses)
+	for i, p := range list {
+		at := slices.IndexFunc(statuses, func(u uplink.Status) bool { return u.Name == p.Name })
+		if statuses[at].Leg.Up {
+			list[i].Sources, list[i].Others, list[i].Ports = p.Others, p.Sources, tunnel.Ports{}
+		}
 	}
 	return list
 }

@@ -178,9 +178,9 @@ func (r *Router) drop(ctx context.Context, names []string) {
 	r.mu.Unlock()
 	var changes []desired.Change
 	for _, u := range judged {
-		for _, source := range u.Sources {
+		for _, source := range u.SubflowSources() {
 			if !u.Fit && slices.Contains(names, u.Name) {
-				changes = append(changes, desired.DeleteEndpoint{Endpoint: desired.Endpoint{Address: source.Addr()}})
+				changes = append(changes, desired.DeleteEndpoint{Endpoint: desired.Endpoint{Address: source}})
 			}
 		}
 	}
@@ -245,10 +245,10 @@ func (r *Router) ask(ctx context.Context, name string) {
 	}
 }
 
-// sources are the addresses of an uplink.
+// sources are the addresses of an uplink, its leg's included.
 func (p *packets) sources(name string) []netip.Addr {
 	_, path, _ := p.way(name)
-	return path.Sources
+	return slices.Concat(path.Sources, path.Others)
 }
 
 // way is whom to dial, and from where over an uplink.

@@ -166,13 +166,16 @@ func describeUplinks(s settings.Settings, statuses []uplink.Status, pool tunnel.
 				rtts = append(rtts, f.RTT)
 			}
 		}
-		for _, source := range u.Sources {
-			if w.Address == "" {
-				w.Address = source.Addr().String()
-			}
-			if l, ok := loss[source.Addr()]; ok && w.Loss == nil {
+		if len(u.Sources) > 0 {
+			w.Address = u.Sources[0].Addr().String()
+		}
+		for _, source := range u.SubflowSources() {
+			if l, ok := loss[source]; ok && w.Loss == nil {
 				w.Loss = &l
 			}
+		}
+		if w.LegReason = u.Leg.Reason; u.Leg.Up {
+			w.Leg = "udp"
 		}
 		if len(u.Gateways) > 0 && !u.Gateways[0].IsUnspecified() {
 			w.Gateway = u.Gateways[0].String()
@@ -197,7 +200,9 @@ func describeUplinks(s settings.Settings, statuses []uplink.Status, pool tunnel.
 			w.State, w.Reason = "standby", single
 		default:
 			w.State, w.Reason = "unfit", "no session reaches the concentrator over it"
-			if err := pool.Failed[u.Name]; err != nil {
+			if w.LegReason != "" {
+				w.Reason = w.LegReason
+			} else if err := pool.Failed[u.Name]; err != nil {
 				w.Reason = "the concentrator is not reached: " + err.Error()
 			} else if pool.Reason != nil {
 				w.Reason = pool.Reason.Error()

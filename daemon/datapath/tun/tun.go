@@ -35,6 +35,8 @@ const (
 	// once; it is the IdealBatchSize of its package conn, beyond which its tables
 	// do not reach.
 	batch = 128
+	// smallBatch is how many package device of WireGuard takes.
+	smallBatch = 32
 	// writeBatch is how many are written at once.
 	writeBatch = 64
 	// readRoom is for one packet that is read, or one segment of it: more than any
@@ -108,19 +110,50 @@ func Open(name string, queues int) (*Device, error) {
 		}
 		d.queues = append(d.queues, q)
 	}
-	link, err := netlink.LinkByName(name)
-	if err == nil {
-		d.index = link.Attrs().Index
-		// A segmented packet of more segments than a batch could not be split: let
-		// the kernel do that one, which is rare (TCP with a tiny MSS).
-		err = netlink.LinkSetGSOMaxSegs(link, batch)
-	}
-	if err != nil {
+	var err error
+	if d.index, err = setUp(name, batch); err != nil {
 		_ = d.Close()
-		return nil, fmt.Errorf("setting up the TUN device %s: %w", name, err)
+		return nil, err
 	}
 	return d, nil
 }
+
+// setUp makes the kernel do what a batch has no room for: a segmented packet of
+// more segments could not be split. That is rare (TCP with a tiny MSS).
+func setUp(name string, batch int) (index int, err error) {
+	link, err := netlink.LinkByName(name)
+	if err == nil {
+		err = netlink.LinkSetGSOMaxSegs(link, batch)
+	}
+	if err != nil {
+		return 0, fmt.Errorf("setting up the TUN device %s: %w", name, err)
+	}
+	return link.Attrs().Index, nil
+}
+
+// OpenWireGuard is Open for a device of one queue that package device of
+// WireGuard's Go implementation is to serve. It gives also the interface's index.
+func OpenWireGuard(name string) (wireguard.Device, int, error) {
+	if err := checkName(name); err != nil {
+		return nil, 0, err
+	}
+	q, err := openQueue(name, true)
+	if err != nil {
+		return nil, 0, fmt.Errorf("making the TUN device %s: %w", name, explain(err))
+	}
+	index, err := setUp(name, smallBatch)
+	if err != nil {
+		_ = q.device.Close()
+		return nil, 0, err
+	}
+	return inBatches{q.device}, index, nil
+}
+
+// inBatches are small ones: package device takes 128 kB of memory for each packet
+// of a batch.
+type inBatches struct{ wireguard.Device }
+
+func (inBatches) BatchSize() int { return smallBatch }
 
 // checkName refuses what the kernel does (dev_valid_name in net/core/dev.c),
 // and the % by which it would choose a name of its own.

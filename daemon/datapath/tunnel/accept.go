@@ -11,6 +11,8 @@ import (
 	"net/netip"
 	"sync"
 	"time"
+
+	"github.com/quic-go/quic-go"
 )
 
 const (
@@ -58,6 +60,8 @@ type Server struct {
 	active  map[*Session]PublicKey
 	carried map[*datagrams]PublicKey
 	calm    map[PublicKey]*calm
+
+	transports []*quic.Transport
 }
 
 // guest is one router at the server.

@@ -110,19 +110,10 @@ func (p *Peer) DialDatagram(ctx context.Context, path Path, bond uint64) (Messag
 func (p *Peer) dialDatagrams(ctx context.Context, a attempt, h hello) (*datagrams, Inner, error) {
 	ctx, cancel := context.WithTimeout(ctx, handshakeTime)
 	defer cancel()
-	remote, err := resolve(ctx, a.address, a.source.Is4())
+	socket, remote, err := a.listen(ctx)
 	if err != nil {
 		return nil, Inner{}, err
 	}
-	var socket *net.UDPConn
-	err = a.source.bind(func(local netip.AddrPort) (err error) {
-		socket, err = net.ListenUDP("udp", net.UDPAddrFromAddrPort(local))
-		return err
-	})
-	if err != nil {
-		return nil, Inner{}, err
-	}
-	enlargeBuffers(socket)
 	transport := &quic.Transport{Conn: socket}
 	hangUp := func() {
 		_ = transport.Close()
@@ -143,6 +134,33 @@ func (p *Peer) dialDatagrams(ctx context.Context, a attempt, h hello) (*datagram
 		return nil, Inner{}, err
 	}
 	return newDatagrams(conn), inner, nil
+}
+
+// listen opens a UDP socket at the attempt's source, and finds out where the
+// concentrator is.
+func (a attempt) listen(ctx context.Context) (socket *net.UDPConn, remote netip.AddrPort, err error) {
+	if remote, err = resolve(ctx, a.address, a.source.Is4()); err != nil {
+		return nil, remote, err
+	}
+	err = a.source.bind(func(local netip.AddrPort) (err error) {
+		socket, err = net.ListenUDP("udp", net.UDPAddrFromAddrPort(local))
+		return err
+	})
+	if err == nil {
+		enlargeBuffers(socket)
+	}
+	return socket, remote, err
+}
+
+// ListenUDP opens a UDP socket on the path's own address, for packets to the
+// concentrator that are not ours: see Server.Beside. try, from 0 on, chooses among
+// the ways there are.
+func (p *Peer) ListenUDP(ctx context.Context, path Path, try int) (*net.UDPConn, netip.AddrPort, error) {
+	list := attempts([]Path{path}, p.Addresses)
+	if len(list) == 0 {
+		return nil, netip.AddrPort{}, p.unreachable()
+	}
+	return list[try%len(list)].listen(ctx)
 }
 
 // greetDatagrams sends HELLO on a stream, which then stays open, and reads the
@@ -300,6 +318,46 @@ func (d *datagrams) Err() error {
 	}
 }
 
+// Beside takes from the UDP sockets of ServeDatagrams, and sends there, what is not
+// QUIC: packets whose first two bits are 0 (RFC 9443 section 2).
+type Beside struct {
+	transport *quic.Transport
+	ctx       context.Context
+	cancel    context.CancelFunc
+}
+
+// ReadFrom waits for a packet until Close. Some are lost if nobody does.
+func (b *Beside) ReadFrom(packet []byte) (int, net.Addr, error) {
+	n, from, err := b.transport.ReadNonQUICPacket(b.ctx, packet)
+	if b.ctx.Err() != nil {
+		err = net.ErrClosed
+	}
+	return n, from, err
+}
+
+// WriteTo sends a packet.
+func (b *Beside) WriteTo(packet []byte, to net.Addr) (int, error) {
+	return b.transport.WriteTo(packet, to)
+}
+
+// Close ends ReadFrom, and leaves the socket to QUIC.
+func (b *Beside) Close() error {
+	b.cancel()
+	return nil
+}
+
+// Beside returns a Beside for every socket that ServeDatagrams serves by now.
+func (v *Server) Beside() []*Beside {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	var list []*Beside
+	for _, transport := range v.transports {
+		ctx, cancel := context.WithCancel(context.Background())
+		list = append(list, &Beside{transport, ctx, cancel})
+	}
+	return list
+}
+
 // ServeDatagrams accepts routers' QUIC connections on UDP sockets until ctx ends,
 // then closes them and the sockets. Answers leave from the address that was
 // asked, on sockets bound to none as well.
@@ -356,6 +414,9 @@ func (v *Server) serveDatagrams(ctx context.Context, socket net.PacketConn) erro
 		return err
 	}
 	defer func() { _ = listener.Close() }()
+	v.mu.Lock()
+	v.transports = append(v.transports, transport)
+	v.mu.Unlock()
 	var workers sync.WaitGroup
 	defer workers.Wait() // until CONNECTION_CLOSE has gone out everywhere
 	refusals := &rarely{log: v.log}

@@ -65,9 +65,39 @@ func (p *Peer) greet(ctx context.Context, from source, address string, h hello) 
 // far as WELCOME: that something accepts the connection says little, as proxies of
 // mobile networks and portals of hotels do.
 func (p *Peer) Reach(ctx context.Context, path Path) error {
+	s, err := p.reach(ctx, path)
+	if err == nil {
+		s.Close()
+	}
+	return err
+}
+
+// errInconclusive says that a connection fell back to plain TCP after a SYN was lost:
+// the kernel leaves MPTCP out when it sends that again.
+var errInconclusive = errors.New("a SYN was lost, so that it does not tell")
+
+// Passes says whether MPTCP gets through to the concentrator from the path's own
+// address.
+func (p *Peer) Passes(ctx context.Context, path Path) (bool, error) {
+	s, err := p.reach(ctx, path)
+	if err != nil {
+		return false, err
+	}
+	defer s.Close()
+	if s.multipath {
+		return true, nil
+	}
+	info, err := s.wire.info()
+	if err == nil && info.Total_retrans > 0 {
+		err = errInconclusive
+	}
+	return false, err
+}
+
+func (p *Peer) reach(ctx context.Context, path Path) (*Session, error) {
 	list := attempts([]Path{path}, p.Addresses)
 	if len(list) == 0 {
-		return p.unreachable()
+		return nil, p.unreachable()
 	}
 	alone := *p
 	alone.Managed = nil // one subflow is all that is asked for
@@ -75,10 +105,7 @@ func (p *Peer) Reach(ctx context.Context, path Path) error {
 		dial: func(ctx context.Context, a attempt) (*Session, error) { return alone.dial(ctx, a.source, a.address) },
 		drop: (*Session).Close,
 	}.run(ctx, list)
-	if err == nil {
-		s.Close()
-	}
-	return err
+	return s, err
 }
 
 // race dials over one way after the other, each with a head start over the next.

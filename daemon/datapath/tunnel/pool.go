@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"slices"
 	"sync"
@@ -64,13 +65,21 @@ const (
 type Path struct {
 	Name    string
 	Sources []netip.Addr // at most one per address family
-	Ports   Ports        // to dial from; any, unless another path has the same address
-	Backup  bool         // dialled from only when no other path works
+	// Others are addresses of the uplink that are not dialled from, but that
+	// subflows may have.
+	Others []netip.Addr
+	Ports  Ports // to dial from; any, unless another path has the same address
+	Backup bool  // dialled from only when no other path works
 }
 
 // SameSource says whether two paths are dialled from the same addresses and ports.
 func (p Path) SameSource(other Path) bool {
 	return slices.Equal(p.Sources, other.Sources) && p.Ports == other.Ports
+}
+
+// has says whether any of these addresses is the path's.
+func (p Path) has(from []netip.Addr) bool {
+	return slices.ContainsFunc(from, func(a netip.Addr) bool { return slices.Contains(p.Sources, a) || slices.Contains(p.Others, a) })
 }
 
 // Ports is a range of source ports with both its ends. The zero range is all of
@@ -96,6 +105,7 @@ type Pool struct {
 	paths    []Path
 	trouble  map[string]*trouble
 	rtt      map[netip.Addr]time.Duration // lowest lately measured, by source address
+	joined   map[netip.Addr]time.Time     // when MPTCP sessions last had a subflow from there
 	best     string                       // the path that sessions are dialled from
 	sessions map[*Session]*pooled
 	idle     []*pooled // the one used last is the last
@@ -149,7 +159,7 @@ func (t *trouble) strips(now time.Time) bool {
 func NewPool(log *slog.Logger) *Pool {
 	return &Pool{
 		log: log, dialFailed: &rarely{log: log}, kick: make(chan struct{}, 1),
-		trouble: map[string]*trouble{}, rtt: map[netip.Addr]time.Duration{}, sessions: map[*Session]*pooled{},
+		trouble: map[string]*trouble{}, rtt: map[netip.Addr]time.Duration{}, joined: map[netip.Addr]time.Time{}, sessions: map[*Session]*pooled{},
 		checking: map[*pooled]bool{}, calm: newCalm(log),
 	}
 }
@@ -585,8 +595,13 @@ func (p *Pool) measure(now time.Time) {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for a, d := range rtt {
-		p.rtt[a] = d
+	maps.Copy(p.rtt, rtt)
+	for s, from := range joined {
+		for _, a := range from {
+			if s.multipath {
+				p.joined[a] = now
+			}
+		}
 	}
 	for _, s := range some {
 		if s.isStranded(now, stranded(p.paths, joined[s])) {
@@ -606,11 +621,24 @@ func (p *Pool) measure(now time.Time) {
 	}
 }
 
+// Joined says when sessions over MPTCP last had a subflow from one of these
+// addresses, and whether there is any session by which one could tell.
+func (p *Pool) Joined(sources []netip.Addr) (last time.Time, sessions bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, a := range sources {
+		if at := p.joined[a]; at.After(last) {
+			last = at
+		}
+	}
+	return last, len(p.sessions) > 0 && !p.cut
+}
+
 // stranded says whether none of the addresses that a session has subflows from is
 // one of a fit path, though there are such.
 func stranded(paths []Path, from []netip.Addr) bool {
 	for _, path := range paths {
-		if slices.ContainsFunc(path.Sources, func(a netip.Addr) bool { return slices.Contains(from, a) }) {
+		if path.has(from) {
 			return false
 		}
 	}
@@ -635,9 +663,7 @@ func (s *pooled) isStranded(now time.Time, stranded bool) bool {
 // a fit path, which the kernel does not try again by itself: those whose path
 // others have joined, and, as a probe, one of those whose path none has.
 func incomplete(paths []Path, idle []*pooled, joined map[*pooled][]netip.Addr, now time.Time, probe bool) []*pooled {
-	has := func(s *pooled, path Path) bool {
-		return slices.ContainsFunc(path.Sources, func(a netip.Addr) bool { return slices.Contains(joined[s], a) })
-	}
+	has := func(s *pooled, path Path) bool { return path.has(joined[s]) }
 	var list []*pooled
 	for _, path := range paths {
 		var lacking []*pooled

@@ -57,6 +57,14 @@ type Wishes struct {
 	Scheduler string `json:"scheduler,omitempty"`
 	// Ranks are those that the scheduler asks of the subflows over each uplink.
 	Ranks map[string]Rank `json:"ranks,omitempty"`
+	// Legs are wanted of the concentrator for uplinks that strip MPTCP.
+	Legs []Leg `json:"legs,omitempty"`
+}
+
+// Leg is one that a router wants: WireGuard within UDP, to the port of QUIC.
+type Leg struct {
+	Uplink string `json:"uplink"`
+	Key    []byte `json:"key"` // of the router, for this leg alone
 }
 
 // Port is a port of a concentrator.
@@ -70,8 +78,20 @@ type Answers struct {
 	Forwards []PortAnswer `json:"forwards"`
 	// Scheduler is the one that is really used, SchedulerReason why it is not the
 	// one that was asked for.
-	Scheduler       string `json:"scheduler,omitempty"`
-	SchedulerReason string `json:"scheduler_reason,omitempty"`
+	Scheduler       string      `json:"scheduler,omitempty"`
+	SchedulerReason string      `json:"scheduler_reason,omitempty"`
+	Legs            []LegAnswer `json:"legs,omitempty"`
+}
+
+// LegAnswer is what became of one Leg.
+type LegAnswer struct {
+	Leg
+	// Far is the concentrator's key, empty if it refuses; Reason says why.
+	Far    []byte `json:"far,omitempty"`
+	Reason string `json:"reason,omitempty"`
+	// Address4 and Address6 are the router's within the leg.
+	Address4 netip.Addr `json:"address4,omitzero"`
+	Address6 netip.Addr `json:"address6,omitzero"`
 }
 
 // PortAnswer is what became of one Port.

@@ -55,6 +55,9 @@ type Leg struct {
 	// Addresses are those inside, at most one per family.
 	Addresses []netip.Addr
 	Up        bool // it carries
+	// Reason says why the uplink needs a leg, and why that is not up; empty if it
+	// needs none.
+	Reason string
 }
 
 // SubflowSources are the addresses that subflows by this uplink leave from.
