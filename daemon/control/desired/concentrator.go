@@ -2,7 +2,6 @@ package desired
 
 import (
 	"net/netip"
-	"slices"
 )
 
 // Concentrator is what the concentrator knows of its packet path.
@@ -118,26 +117,34 @@ func CompileConcentrator(c Concentrator) State {
 	return state
 }
 
-// rules keep legs to the listeners, and everybody else from their addresses.
+// rules keep legs to the listeners, and everybody else from their addresses. Behind
+// the NAT of a cloud routers dial an address that the machine does not have: what
+// goes there is led to the listener. What is local stays as it is, so that all
+// subflows of a session meet at one address.
 func (l ConcentratorLegs) rules() (guard, translate, forward, input [][]Statement) {
 	legs := []string{ConcentratorLegName}
 	from := MatchInput{Interfaces: legs}
 	if l.Gateway4.IsValid() {
 		guard = [][]Statement{{MatchInput{Interfaces: append(legs, loopback.Name), Not: true}, MatchSource{Prefix: l.Gateway4.Masked()}, Drop}}
 	}
+	translate = [][]Statement{{from, MatchAddressType{"local"}, Return}}
 	forward = [][]Statement{{from, Drop}, {MatchOutput{Interfaces: legs}, Drop}}
 	for _, listener := range l.Listeners {
-		tcp := []Statement{from, MatchProtocol{Number: protocolTCP}, MatchPort{First: listener.Port(), Last: listener.Port()}}
-		for _, gateway := range []netip.Prefix{l.Gateway4, l.Gateway6} {
-			to := listener.Addr()
-			if to.IsUnspecified() && (to.Is6() || gateway.Addr().Is4()) {
-				to = gateway.Addr()
+		address, port := listener.Addr(), MatchPort{First: listener.Port(), Last: listener.Port()}
+		tcp := MatchProtocol{Number: protocolTCP}
+		for _, gateway := range []netip.Addr{l.Gateway4.Addr(), l.Gateway6.Addr()} {
+			to := address
+			if to.IsUnspecified() && (to.Is6() || gateway.Is4()) {
+				to = gateway
 			}
-			if to.Is6() != gateway.Addr().Is6() || !gateway.IsValid() {
-				continue
+			if gateway.IsValid() && to.Is6() == gateway.Is6() {
+				translate = append(translate, []Statement{from, MatchFamily{to.Is6()}, tcp, port, TranslateDestination{netip.AddrPortFrom(to, listener.Port())}})
 			}
-			translate = append(translate, append([]Statement{from, MatchFamily{to.Is6()}}, append(slices.Clone(tcp[1:]), TranslateDestination{netip.AddrPortFrom(to, listener.Port())})...))
-			input = append(input, []Statement{from, MatchDestination{single(to)}, tcp[1], tcp[2], Accept})
+		}
+		if address.IsUnspecified() {
+			input = append(input, []Statement{from, tcp, port, Accept})
+		} else {
+			input = append(input, []Statement{from, MatchDestination{single(address)}, tcp, port, Accept})
 		}
 	}
 	return guard, translate, forward, append(input, []Statement{from, Drop})

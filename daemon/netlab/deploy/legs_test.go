@@ -66,7 +66,8 @@ func TestUplinkThatStripsMPTCP(t *testing.T) {
 	w.progress(d, 5e6)
 	w.need(middle.BlackHole(false))
 	w.untilLegs(2)
-	w.share(d, 2, 0.25)
+	w.progress(d, 15e6)
+	w.share(d, 2, 0.5)
 	if err := <-d.done; err != nil {
 		t.Error(err)
 	}
