@@ -18,7 +18,7 @@ const (
 	// did not, or after the attempt failed, and stripRetry while it is known to strip.
 	stripAgain   = 250 * time.Millisecond
 	stripDoubted = 20 * time.Second
-	stripRetry   = time.Minute
+	stripRetry   = 30 * time.Second
 )
 
 // Stripping decides whether something on an uplink's path removes the options of
