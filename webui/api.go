@@ -109,6 +109,8 @@ type MultipathChange struct {
 	Scheduler   *string               `json:"scheduler,omitempty"`
 	Checksum    *bool                 `json:"checksum,omitempty"`
 	SYNRetries  *int                  `json:"syn_retries,omitempty"`
+
+	CongestionControl *settings.CongestionControl `json:"congestion_control,omitempty"`
 }
 
 // Of returns the settings m with the change made.
@@ -118,6 +120,7 @@ func (c MultipathChange) Of(m settings.Multipath) settings.Multipath {
 	change(&m.Scheduler, c.Scheduler)
 	change(&m.Checksum, c.Checksum)
 	change(&m.SYNRetries, c.SYNRetries)
+	change(&m.CongestionControl, c.CongestionControl)
 	return m
 }
 
@@ -310,7 +313,7 @@ func (h routerHandler) setMultipath(c *gin.Context) {
 	}
 	if b == (MultipathChange{}) {
 		h.problem(c, &Error{Code: CodeBadRequest,
-			Detail: "nothing is to be changed; give enabled, path_manager, scheduler, checksum or syn_retries"})
+			Detail: "nothing is to be changed; give enabled, path_manager, scheduler, congestion_control, checksum or syn_retries"})
 		return
 	}
 	rev, err := h.router.SetMultipath(c.Request.Context(), b, author)

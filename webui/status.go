@@ -130,11 +130,14 @@ type MultipathStatus struct {
 	AvailablePathManagers []string `json:"available_path_managers"`
 }
 
-// FarMultipath tells by which packet scheduler the concentrator sends, empty while
-// it has not said so, and why it is not the one that is wanted.
+// FarMultipath tells by which packet scheduler and congestion control the
+// concentrator sends, empty while it has not said so, and why one is not the one
+// that is wanted.
 type FarMultipath struct {
-	Scheduler string `json:"scheduler"`
-	Reason    string `json:"reason"`
+	Scheduler               string `json:"scheduler"`
+	Reason                  string `json:"reason"` // of the scheduler
+	CongestionControl       string `json:"congestion_control"`
+	CongestionControlReason string `json:"congestion_control_reason"`
 }
 
 // MultipathValues are the multipath settings of one side.
@@ -144,6 +147,9 @@ type MultipathValues struct {
 	Scheduler   string `json:"scheduler"`
 	Checksum    bool   `json:"checksum"`
 	SYNRetries  int    `json:"syn_retries"`
+	// CongestionControl of the kernel is what the router's flows are sent with now:
+	// with auto, it changes.
+	CongestionControl string `json:"congestion_control"`
 }
 
 // KernelStatus tells what the running kernel can do.

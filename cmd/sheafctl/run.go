@@ -338,10 +338,11 @@ func (a *app) multipath() *cobra.Command {
 	var (
 		enabled, checksum      bool
 		pathManager, scheduler string
+		congestionControl      string
 		synRetries             int
 	)
 	set := &cobra.Command{
-		Use:   "set [--path-manager P] [--scheduler S] [--checksum=true|false] [--syn-retries N] [--enabled=true|false]",
+		Use:   "set [--path-manager P] [--scheduler S] [--congestion-control C] [--checksum=true|false] [--syn-retries N] [--enabled=true|false]",
 		Short: "Change multipath settings; what is not named stays",
 		Args:  exactly(0, "no arguments besides flags"),
 		RunE: func(c *cobra.Command, _ []string) error {
@@ -355,6 +356,9 @@ func (a *app) multipath() *cobra.Command {
 			}
 			if given("scheduler") {
 				change.Scheduler = &scheduler
+			}
+			if given("congestion-control") {
+				change.CongestionControl = (*settings.CongestionControl)(&congestionControl)
 			}
 			if given("checksum") {
 				change.Checksum = &checksum
@@ -379,6 +383,7 @@ func (a *app) multipath() *cobra.Command {
 	f.BoolVar(&enabled, "enabled", true, "use MPTCP at all")
 	f.StringVar(&pathManager, "path-manager", "", "how subflows are opened; 'sheafctl multipath' lists the offer")
 	f.StringVar(&scheduler, "scheduler", "", "which subflow takes the next segment; 'sheafctl multipath' lists the offer")
+	f.StringVar(&congestionControl, "congestion-control", "", "how both ends send: auto, cubic or bbr")
 	f.BoolVar(&checksum, "checksum", false, "checksum of the data, against middleboxes that change it")
 	f.IntVar(&synRetries, "syn-retries", 0, "how many SYNs ask for MPTCP before plain TCP is tried")
 

@@ -109,14 +109,19 @@ func onOff(b bool) string {
 	return "off"
 }
 
-func farScheduler(f webui.FarMultipath) string {
-	switch {
-	case f.Scheduler == "":
-		return "has not said by which scheduler it sends"
-	case f.Reason != "":
-		return "sends by scheduler " + f.Scheduler + ": " + f.Reason
+func farSends(f webui.FarMultipath) string {
+	if f.Scheduler == "" {
+		return "has not said how it sends"
 	}
-	return "sends by scheduler " + f.Scheduler
+	return "sends " + because("by scheduler "+f.Scheduler, f.Reason) + ", " +
+		because("congestion control "+or(f.CongestionControl, "unknown"), f.CongestionControlReason)
+}
+
+func because(what, reason string) string {
+	if reason == "" {
+		return what
+	}
+	return what + " (" + reason + ")"
 }
 
 // writeMultipath sets what is wanted beside what the kernel does, and lists what
@@ -128,6 +133,7 @@ func writeMultipath(w *bytes.Buffer, s webui.Status) {
 		{"enabled", onOff(wanted.Enabled), onOff(kernel.Enabled)},
 		{"path manager", wanted.PathManager, or(kernel.PathManager, "-")},
 		{"scheduler", wanted.Scheduler, or(running(s.Multipath), "-")},
+		{"congestion control", wanted.CongestionControl, or(kernel.CongestionControl, "-")},
 		{"checksum", onOff(wanted.Checksum), onOff(kernel.Checksum)},
 		{"SYN retries", fmt.Sprint(wanted.SYNRetries), fmt.Sprint(kernel.SYNRetries)},
 	}, nil, false)
@@ -136,7 +142,7 @@ func writeMultipath(w *bytes.Buffer, s webui.Status) {
 		{"path managers", or(strings.Join(s.Multipath.AvailablePathManagers, ", "), "-")},
 		{"schedulers", or(strings.Join(s.Multipath.AvailableSchedulers, ", "), "the kernel does not list them")},
 		{"kernel", s.Kernel.Release + ", MPTCP " + s.Kernel.MPTCP},
-		{"concentrator", farScheduler(s.Multipath.Concentrator)},
+		{"concentrator", farSends(s.Multipath.Concentrator)},
 	} {
 		fmt.Fprintf(w, "%-13s %s\n", line[0], printable(line[1]))
 	}

@@ -98,6 +98,7 @@ func Run(ctx context.Context, c Config) error {
 	ports.Reserved = append(ports.Reserved, portsOf(listeners)...)
 	con.packets = newPackets(c.Log, store, policy, ports, con.server.OpenInbound)
 	con.packets.calm, con.packets.schedule, con.packets.rank = con.server.SetCalm, con.server.SetScheduler, con.server.SetRanks
+	con.packets.control = con.server.SetCongestionControl
 	con.packets.legs = newLegs(c.Log, store, con.server.Beside)
 	if c.ConnectRouters {
 		con.packets.mutual = []netip.Prefix{Network4(), store.Network6()}

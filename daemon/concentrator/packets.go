@@ -41,6 +41,7 @@ type packets struct {
 	legs     *legs
 	calm     func(tunnel.PublicKey, bool)
 	schedule func(tunnel.PublicKey, string) (runs, reason string)
+	control  func(tunnel.PublicKey, string) (runs, reason string)
 	rank     func(tunnel.PublicKey, map[string]tunnel.Rank)
 	changed  func()         // what is wanted of the kernel has changed
 	mutual   []netip.Prefix // what routers may reach of one another
@@ -359,6 +360,7 @@ func (p *packets) wished(mb *member, m tunnel.Messages, body []byte) {
 		wanted[i] = egress.Forward{ID: f.Port, Protocol: f.Protocol, Port: f.Port}
 	}
 	a.Scheduler, a.SchedulerReason = p.schedule(mb.key, w.Scheduler)
+	a.CongestionControl, a.CongestionControlReason = p.control(mb.key, w.CongestionControl)
 	p.rank(mb.key, w.Ranks)
 	var active []tunnel.Port
 	for i, r := range p.forwards.Set(forwardsKey(mb.key), wanted) {

@@ -104,11 +104,14 @@ func (p *packets) describeForwardsLocked(forwards []settings.Forward, alive bool
 	return list
 }
 
-// farMultipath is what the concentrator has said of its scheduler.
+// farMultipath is what the concentrator has said of how it sends.
 func (p *packets) farMultipath() webui.FarMultipath {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return webui.FarMultipath{Scheduler: p.answer.Scheduler, Reason: p.answer.SchedulerReason}
+	return webui.FarMultipath{
+		Scheduler: p.answer.Scheduler, Reason: p.answer.SchedulerReason,
+		CongestionControl: p.answer.CongestionControl, CongestionControlReason: p.answer.CongestionControlReason,
+	}
 }
 
 // describeDNS says where queries to the router itself go.

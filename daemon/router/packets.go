@@ -481,10 +481,10 @@ func (p *packets) keepCalm(ctx context.Context) {
 	}
 }
 
-func (p *packets) setWishes(list []settings.Forward, scheduler string, ranks map[string]tunnel.Rank) {
+func (p *packets) setWishes(list []settings.Forward, m settings.Multipath, ranks map[string]tunnel.Rank) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.wish.Scheduler, p.wish.Ranks = scheduler, ranks
+	p.wish.Scheduler, p.wish.CongestionControl, p.wish.Ranks = m.Scheduler, string(m.CongestionControl), ranks
 	p.wish.Forwards = nil
 	for _, f := range list {
 		p.wish.Forwards = append(p.wish.Forwards, tunnel.Port{Protocol: f.Protocol, Port: f.Port})

@@ -390,11 +390,13 @@ func (r *Router) setPeer() {
 	s, _ = r.effective(s, nil)
 	var peer *tunnel.Peer
 	if e != nil {
+		variant := s.Multipath
+		variant.CongestionControl = "" // live sessions follow it
 		multipath := s.Multipath.Enabled && r.mptcp != kernel.NoMPTCP
 		peer = &tunnel.Peer{
 			Identity: r.state.identity, Concentrator: e.Key, Addresses: e.Addresses,
 			Multipath: multipath, Joins: multipath && s.Multipath.PathManager == settings.PathManagerFullmesh,
-			Variant: fmt.Sprint(s.Multipath, r.handed.Load()), Software: "sheafd " + r.config.Version,
+			Variant: fmt.Sprint(variant, r.handed.Load()), Software: "sheafd " + r.config.Version,
 		}
 		if multipath && r.mptcp == kernel.Upstream { // v0.9x has all path managers itself
 			peer.Managed, peer.ManagesPaths = r.subflows.sessions, s.Multipath.PathManager.Userspace()
@@ -407,7 +409,8 @@ func (r *Router) setPeer() {
 // setWishes tells the packet path what the settings say of it.
 func (r *Router) setWishes() {
 	s := r.current().Settings
-	r.packets.setWishes(s.Forwards, s.Multipath.Scheduler, ranks(s))
+	r.packets.setWishes(s.Forwards, s.Multipath, ranks(s))
+	r.pool.SetCongestionControl(string(s.Multipath.CongestionControl))
 	r.pool.SetScheduler(s.Multipath.Scheduler)
 	r.pool.SetRanks(ranks(s))
 	r.packets.bond.SetRules(rules(s.Classes))

@@ -213,7 +213,7 @@ func TestPathsAndDirectSources(t *testing.T) {
 	both := fit("b", 2)
 	both.Sources = append(both.Sources, netip.MustParsePrefix("2001:db8:2::2/64"))
 	ways := paths(s, []uplink.Status{fit("a", 1), both, fit("c", 3), unfit})
-	if got := fmt.Sprint(ways); got != "[{a [10.1.0.2] {0 0} true} {b [10.2.0.2 2001:db8:2::2] {0 0} false}]" {
+	if got := fmt.Sprint(ways); got != "[{a [10.1.0.2] [] {0 0} true} {b [10.2.0.2 2001:db8:2::2] [] {0 0} false}]" {
 		t.Errorf("paths %s", got)
 	}
 	ways = append(ways, tunnel.Path{Name: "c", Sources: []netip.Addr{netip.MustParseAddr("10.3.0.2")}})

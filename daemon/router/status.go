@@ -115,6 +115,7 @@ func (r *Router) Status(ctx context.Context) (webui.Status, error) {
 	s.Tunnel = describeTunnel(revision.Settings, s.Uplinks, pool, single)
 	s.Tunnel.Flows, s.Tunnel.DirectFlows = int(r.flows.Load()), r.direct.count()
 	s.Multipath = describeMultipath(revision.Settings.Multipath, info, held)
+	s.Multipath.Kernel.CongestionControl = r.pool.CongestionControl()
 	s.Multipath.SchedulerNote = r.note(revision.Settings)
 	s.Multipath.Concentrator = r.packets.farMultipath()
 	s.Concentrator = webui.ConcentratorStatus{Address: pool.Address, Sessions: pool.Sessions, IdleSessions: pool.Idle}
@@ -244,7 +245,8 @@ func describeTunnel(s settings.Settings, uplinks []webui.UplinkStatus, pool tunn
 func describeMultipath(want settings.Multipath, info kernel.Info, held desired.State) webui.MultipathStatus {
 	m := webui.MultipathStatus{
 		Wanted: webui.MultipathValues{Enabled: want.Enabled, PathManager: string(want.PathManager),
-			Scheduler: want.Scheduler, Checksum: want.Checksum, SYNRetries: want.SYNRetries},
+			Scheduler: want.Scheduler, Checksum: want.Checksum, SYNRetries: want.SYNRetries,
+			CongestionControl: string(want.CongestionControl)},
 		AvailableSchedulers:   info.Schedulers,
 		AvailablePathManagers: []string{},
 	}
@@ -300,6 +302,12 @@ func problems(s webui.Status, pass reconcile.Pass) []string {
 	list = append(list, pass.Problems...)
 	if far := s.Multipath.Concentrator; far.Reason != "" && s.Multipath.SchedulerNote == "" {
 		list = append(list, "the concentrator sends by scheduler "+far.Scheduler+": "+far.Reason)
+	}
+	if c := string(settings.BBR); s.Multipath.Wanted.CongestionControl == c && s.Multipath.Kernel.CongestionControl != c {
+		list = append(list, "the kernel does not let us use congestion control "+c+": load its module tcp_"+c)
+	}
+	if reason := s.Multipath.Concentrator.CongestionControlReason; reason != "" {
+		list = append(list, "the concentrator sends with congestion control "+s.Multipath.Concentrator.CongestionControl+": "+reason)
 	}
 	for _, i := range s.LAN.Interfaces {
 		if !i.Present {

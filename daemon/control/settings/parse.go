@@ -73,7 +73,9 @@ func Default() Settings {
 			PathManager: PathManagerFullmesh,
 			Scheduler:   "default",
 			SYNRetries:  2,
-			Subflows:    defaultSubflows,
+
+			CongestionControl: Auto,
+			Subflows:          defaultSubflows,
 		},
 		WhenTunnelDown: Direct,
 	}
@@ -224,8 +226,11 @@ func (d *document) settings(root *yaml.Node) Settings {
 				"scheduler":    func(n *yaml.Node, path string) { d.text(n, path, &m.Scheduler) },
 				"checksum":     func(n *yaml.Node, path string) { d.boolean(n, path, &m.Checksum) },
 				"syn_retries":  func(n *yaml.Node, path string) { d.integer(n, path, &m.SYNRetries) },
-				"subflows":     func(n *yaml.Node, path string) { d.integer(n, path, &m.Subflows) },
-				"out_of_tree":  func(n *yaml.Node, path string) { d.outOfTree(n, path, &m.OutOfTree) },
+				"congestion_control": func(n *yaml.Node, path string) {
+					d.text(n, path, (*string)(&m.CongestionControl))
+				},
+				"subflows":    func(n *yaml.Node, path string) { d.integer(n, path, &m.Subflows) },
+				"out_of_tree": func(n *yaml.Node, path string) { d.outOfTree(n, path, &m.OutOfTree) },
 			})
 		},
 		"when_tunnel_down": func(n *yaml.Node, path string) { d.text(n, path, (*string)(&s.WhenTunnelDown)) },

@@ -108,11 +108,28 @@ type Multipath struct {
 	Checksum bool `yaml:"checksum" json:"checksum"`
 	// SYNRetries is how many SYNs carry MP_CAPABLE before plain TCP is tried.
 	SYNRetries int `yaml:"syn_retries" json:"syn_retries"`
+	// CongestionControl is how both ends of our sessions send.
+	CongestionControl CongestionControl `yaml:"congestion_control" json:"congestion_control"`
 	// Subflows is how many path manager ndiffports opens, 1 to 8.
 	Subflows int `yaml:"subflows" json:"subflows"`
 	// OutOfTree is for kernels with MPTCP v0.9x, and nothing elsewhere.
 	OutOfTree OutOfTree `yaml:"out_of_tree,omitempty" json:"out_of_tree,omitzero"`
 }
+
+// CongestionControl is that of our sessions (net/ipv4/tcp_cubic.c, tcp_bbr.c).
+type CongestionControl string
+
+// The choices.
+const (
+	// Auto is Cubic, and BBR while packets of calls and games are under way, which full
+	// queues would delay, or while an uplink loses packets.
+	Auto  CongestionControl = "auto"
+	Cubic CongestionControl = "cubic" // fills the uplinks' queues, takes each loss for congestion
+	BBR   CongestionControl = "bbr"   // keeps queues short, hardly minds losses
+)
+
+// CongestionControls are all of them.
+var CongestionControls = []CongestionControl{Auto, Cubic, BBR}
 
 // OutOfTree holds the choices that only MPTCP v0.9x has, as its sysctls and
 // module parameters of these names. What is not set stays as the kernel has it.

@@ -94,6 +94,7 @@ func TestValidate(t *testing.T) {
 		`uplinks[0].mode: "" is not a mode: offered are on, off, backup`:                                    func(s *Settings) { s.Uplinks[0].Mode = "" },
 		"uplinks[0].address.method: dhcp is not available in this version: offered: existing, gateway":      func(s *Settings) { s.Uplinks[0].Address.Method = "dhcp" },
 		`multipath.path_manager: "mesh" is unknown: offered: default, fullmesh, ndiffports, binder, netlin`: func(s *Settings) { s.Multipath.PathManager = "mesh" },
+		`multipath.congestion_control: "reno" is unknown: offered: auto, cubic, bbr`:                        func(s *Settings) { s.Multipath.CongestionControl = "reno" },
 		"multipath.subflows: is 9: it must be from 1 to 8":                                                  func(s *Settings) { s.Multipath.Subflows = 9 },
 		"uplinks[0].address: has gateway or source, which only method gateway uses":                         func(s *Settings) { s.Uplinks[0].Address.Gateway = netip.MustParseAddr("10.0.0.2") },
 		"multipath.syn_retries: is 11: it must be from 0 to 10":                                             func(s *Settings) { s.Multipath.SYNRetries = 11 },

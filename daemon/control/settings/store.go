@@ -210,7 +210,7 @@ func newest(list *bbolt.Bucket) (Revision, error) {
 
 func decode(k, v []byte) (Revision, error) {
 	// A revision from before a setting existed holds that setting's default.
-	r := Revision{Settings: Settings{LAN: LAN{DNS: true}, Multipath: Multipath{Subflows: defaultSubflows}}}
+	r := Revision{Settings: Settings{LAN: LAN{DNS: true}, Multipath: Multipath{Subflows: defaultSubflows, CongestionControl: Auto}}}
 	err := json.Unmarshal(v, &r)
 	if err == nil {
 		err = Validate(r.Settings)

@@ -147,6 +147,9 @@ func check(s Settings) (problems []Problem) {
 	if !schedulerName.MatchString(m.Scheduler) {
 		report("multipath.scheduler", "%s is not the name of a scheduler: use at most 15 letters, digits, dots, hyphens and underscores", quote(m.Scheduler))
 	}
+	if reason := offer(m.CongestionControl, CongestionControls, nil); reason != "" {
+		report("multipath.congestion_control", "%s", reason)
+	}
 	if m.SYNRetries < 0 || m.SYNRetries > maxSYNRetries {
 		report("multipath.syn_retries", "is %d: it must be from 0 to %d", m.SYNRetries, maxSYNRetries)
 	}

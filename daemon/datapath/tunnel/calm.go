@@ -2,6 +2,7 @@ package tunnel
 
 import (
 	"errors"
+	"fmt"
 	"log/slog"
 	"sync/atomic"
 	"time"
@@ -21,6 +22,9 @@ type calm struct {
 	on      atomic.Bool
 	lossy   atomic.Int64 // until when an uplink counts as one that loses packets, Unix ns
 	missing atomic.Bool  // this kernel does not let us use calmControl
+	// chosenControl is congestionControl or calmControl where only that one is to
+	// be used, nil where it depends.
+	chosenControl atomic.Pointer[string]
 
 	scheduler chosen
 	ranks     atomic.Pointer[ranking] // nil: none are set
@@ -47,7 +51,13 @@ func (c *calm) loses(now time.Time) bool {
 }
 
 func (c *calm) wanted() bool {
-	return !c.missing.Load() && (c.on.Load() || c.loses(time.Now()))
+	if c.missing.Load() {
+		return false
+	}
+	if only := c.chosenControl.Load(); only != nil {
+		return *only == calmControl
+	}
+	return c.on.Load() || c.loses(time.Now())
 }
 
 func newCalm(log *slog.Logger) *calm { return &calm{log: log} }
@@ -103,4 +113,51 @@ func (s *socket) setCongestionControl(name string) error {
 		return controlErr
 	}
 	return err
+}
+
+// SetCongestionControl has the sessions, open ones too, send with cubic, with bbr, or
+// with the one or the other as it fits.
+func (p *Pool) SetCongestionControl(name string) { p.calm.choose(name) }
+
+// CongestionControl is what the sessions send with now.
+func (p *Pool) CongestionControl() string {
+	if p.calm.wanted() {
+		return calmControl
+	}
+	return congestionControl
+}
+
+// SetCongestionControl is Pool.SetCongestionControl for the sessions of one router.
+// It says which choice they really follow, and if that is another, why.
+func (v *Server) SetCongestionControl(key PublicKey, name string) (runs, reason string) {
+	return v.calmOf(key).choose(name)
+}
+
+// choose sets what is to be used; any other name stands for both.
+func (c *calm) choose(name string) (runs, reason string) {
+	switch name {
+	case congestionControl:
+		c.chosenControl.Store(&name)
+	case calmControl:
+		if err := tryCongestionControl(name); err != nil {
+			c.chosenControl.Store(nil)
+			return congestionControl, fmt.Sprintf("the kernel does not let us use %s: %v; load its module tcp_%s", name, err, name)
+		}
+		c.missing.Store(false)
+		c.chosenControl.Store(&name)
+	default:
+		name = "auto"
+		c.chosenControl.Store(nil)
+	}
+	return name, ""
+}
+
+// tryCongestionControl asks the kernel whether a connection may have it.
+func tryCongestionControl(name string) error {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = unix.Close(fd) }()
+	return unix.SetsockoptString(fd, unix.IPPROTO_TCP, unix.TCP_CONGESTION, name)
 }

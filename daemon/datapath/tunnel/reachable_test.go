@@ -207,6 +207,21 @@ func TestCalm(t *testing.T) {
 	b.server.SetCalm(b.routerID.PublicKey(), false)
 	become(t, near, congestionControl)
 	become(t, far, congestionControl)
+	for _, name := range []string{calmControl, congestionControl} {
+		b.pool.SetCongestionControl(name)
+		runs, reason := b.server.SetCongestionControl(b.routerID.PublicKey(), name)
+		if runs != name || reason != "" || b.pool.CongestionControl() != name {
+			t.Errorf("asked for %s: the pool has %s, the server %s: %s", name, b.pool.CongestionControl(), runs, reason)
+		}
+		b.pool.SetCalm(name == congestionControl) // the choice is before what fits
+		become(t, near, name)
+		become(t, far, name)
+	}
+	b.pool.SetCongestionControl("auto")
+	if runs, _ := b.server.SetCongestionControl(b.routerID.PublicKey(), ""); runs != "auto" {
+		t.Errorf("a router that asks for nothing has %s", runs)
+	}
+	become(t, near, calmControl)
 	_ = client.SetLinger(0)
 	_ = client.Close()
 	await(t, result, "relay")

@@ -55,6 +55,8 @@ type Wishes struct {
 	Stream bool     `json:"stream"`
 	// Scheduler is the packet scheduler that the router's sessions are to be sent by.
 	Scheduler string `json:"scheduler,omitempty"`
+	// CongestionControl is that of the router's sessions: auto, cubic or bbr.
+	CongestionControl string `json:"congestion_control,omitempty"`
 	// Ranks are those that the scheduler asks of the subflows over each uplink.
 	Ranks map[string]Rank `json:"ranks,omitempty"`
 	// Legs are wanted of the concentrator for uplinks that strip MPTCP.
@@ -78,9 +80,12 @@ type Answers struct {
 	Forwards []PortAnswer `json:"forwards"`
 	// Scheduler is the one that is really used, SchedulerReason why it is not the
 	// one that was asked for.
-	Scheduler       string      `json:"scheduler,omitempty"`
-	SchedulerReason string      `json:"scheduler_reason,omitempty"`
-	Legs            []LegAnswer `json:"legs,omitempty"`
+	Scheduler       string `json:"scheduler,omitempty"`
+	SchedulerReason string `json:"scheduler_reason,omitempty"`
+	// So it is with the congestion control.
+	CongestionControl       string      `json:"congestion_control,omitempty"`
+	CongestionControlReason string      `json:"congestion_control_reason,omitempty"`
+	Legs                    []LegAnswer `json:"legs,omitempty"`
 }
 
 // LegAnswer is what became of one Leg.

@@ -281,6 +281,7 @@ func TestMultipathSettings(t *testing.T) {
 		{"--checksum=true", func() { want.Checksum = true }},
 		{"--syn-retries=4", func() { want.SYNRetries = 4 }},
 		{"--scheduler=default", func() {}},
+		{"--congestion-control=cubic", func() { want.CongestionControl = "cubic" }},
 		{"--path-manager=default", func() { want.PathManager = "default" }},
 		{"--enabled=false", func() { want.Enabled = false }},
 	} {
@@ -299,18 +300,25 @@ func TestMultipathSettings(t *testing.T) {
 	t.Logf("multipath:\n%s", text)
 }
 
-// TestConcentratorTellsItsScheduler: what is shown of the other end is what that
+// TestConcentratorTellsHowItSends: what is shown of the other end is what that
 // has said, not what was asked for.
-func TestConcentratorTellsItsScheduler(t *testing.T) {
+func TestConcentratorTellsHowItSends(t *testing.T) {
 	w := up(t)
-	w.must(w.Until("the concentrator has told its scheduler", func(s webui.Status) error {
-		if far := s.Multipath.Concentrator; far.Scheduler != "default" || far.Reason != "" {
+	w.must(w.Until("the concentrator has told how it sends", func(s webui.Status) error {
+		if far := s.Multipath.Concentrator; far.Scheduler != "default" || far.Reason != "" || far.CongestionControl != "auto" {
 			return fmt.Errorf("%+v", far)
 		}
 		return nil
 	}))
 	const wanted = "roundrobin" // of the firmware's kernel
-	w.apply(w.Settings("") + "multipath: {scheduler: " + wanted + "}\n")
+	w.apply(w.Settings("") + "multipath: {scheduler: " + wanted + ", congestion_control: bbr}\n")
+	w.must(w.Until("both ends send with bbr", func(s webui.Status) error {
+		far, here := s.Multipath.Concentrator, s.Multipath.Kernel
+		if far.CongestionControl != "bbr" || far.CongestionControlReason != "" || here.CongestionControl != "bbr" {
+			return fmt.Errorf("%+v, the router %+v", far, here)
+		}
+		return nil
+	}))
 	w.must(w.Until("it has told what it makes of another", func(s webui.Status) error {
 		far := s.Multipath.Concentrator
 		if slices.Contains(s.Multipath.AvailableSchedulers, wanted) { // both ends are this kernel
