@@ -9,7 +9,8 @@
 //
 // Beside its own files, table and TUN it changes of the machine, where it may,
 // the number of subflows that the kernel accepts for a connection and what makes
-// the kernel forward packets. Both are put back when it stops.
+// the kernel forward packets. Both are put back when it stops. Of the TCP
+// connections of its port it ends those that sessions have given up (subflows.go).
 package concentrator
 
 import (

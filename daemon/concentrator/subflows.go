@@ -19,7 +19,7 @@ import (
 const (
 	crowdedEvery = time.Second
 	// closedSettle gathers subflows that are closed together.
-	closedSettle = 50 * time.Millisecond
+	closedSettle = 200 * time.Millisecond
 )
 
 // tend ends subflows until ctx does. Without the right to it sessions work all the

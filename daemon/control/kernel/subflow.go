@@ -92,9 +92,12 @@ func (k *Kernel) Subflows(port uint16) (map[Ends]desired.Subflow, error) {
 // the same once it works again, in front of everything else, and until then the
 // peer counts them among its own. alive, called once what is closed is known, are
 // the tokens of connections that nobody has begun to close.
-//
-// Kernels before 6.12 leave such sockets as they are.
+// Kernels before 6.12 end none.
 func (k *Kernel) AbortClosed(alive func() map[uint32]bool) (ended int, err error) {
+	name, err := release()
+	if err != nil || !endsOrphans(name) {
+		return 0, err
+	}
 	var closed []diagnosed
 	err = k.diagnose(stateClosed, 0, 0, func(f diagnosed) error {
 		closed = append(closed, f)
@@ -106,6 +109,15 @@ func (k *Kernel) AbortClosed(alive func() map[uint32]bool) (ended int, err error
 	tokens := alive()
 	closed = slices.DeleteFunc(closed, func(f diagnosed) bool { return !tokens[f.token] })
 	return k.destroy(closed)
+}
+
+// endsOrphans says whether a kernel ends sockets that no program holds any more.
+// Until "tcp: fix forever orphan socket caused by tcp_abort" (bac76cf89816, Linux
+// 6.12) it took away what they had to send, and then kept them for good.
+func endsOrphans(release string) bool {
+	var major, minor int
+	_, err := fmt.Sscanf(release, "%d.%d", &major, &minor)
+	return err == nil && (major > 6 || major == 6 && minor >= 12)
 }
 
 // AbortSubflows ends these established subflows, from a port of this end. The

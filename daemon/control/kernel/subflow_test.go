@@ -270,6 +270,16 @@ func TestAbortClosed(t *testing.T) {
 	must(t, <-written)
 }
 
+func TestEndsOrphans(t *testing.T) {
+	for release, want := range map[string]bool{
+		"6.18.44-fc-v595": true, "6.12.0": true, "7.0.1-cloud-amd64": true, "6.11.10": false, "6.1.0-37-amd64": false, "5.15.0": false, "": false,
+	} {
+		if got := endsOrphans(release); got != want {
+			t.Errorf("%q: %v, want %v", release, got, want)
+		}
+	}
+}
+
 // TestAbortSubflows: the other end ends one subflow, and no other; the listener
 // goes on.
 func TestAbortSubflows(t *testing.T) {

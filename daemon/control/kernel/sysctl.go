@@ -127,13 +127,22 @@ type Info struct {
 	Subflows    int `json:"subflows"`
 }
 
-// Info reads what kernel this is and how MPTCP is set in it.
-func (k *Kernel) Info() (Info, error) {
+// release is the version of the running kernel.
+func release() (string, error) {
 	var name unix.Utsname
 	if err := unix.Uname(&name); err != nil {
-		return Info{}, fmt.Errorf("uname: %w", err)
+		return "", fmt.Errorf("uname: %w", err)
 	}
-	info := Info{Release: unix.ByteSliceToString(name.Release[:]), MPTCP: NoMPTCP}
+	return unix.ByteSliceToString(name.Release[:]), nil
+}
+
+// Info reads what kernel this is and how MPTCP is set in it.
+func (k *Kernel) Info() (Info, error) {
+	name, err := release()
+	if err != nil {
+		return Info{}, err
+	}
+	info := Info{Release: name, MPTCP: NoMPTCP}
 	const (
 		pathManagers = "available_path_managers"
 		schedulers   = "available_schedulers"
