@@ -48,7 +48,7 @@ func writeStatus(w *bytes.Buffer, s webui.Status, color bool) {
 	} else {
 		line("concentrator", "%s at %s, %d sessions, %d of them idle", c.Name, c.Address, c.Sessions, c.IdleSessions)
 	}
-	if m := s.Multipath; m.Wanted == m.Kernel {
+	if m := s.Multipath; m.Wanted == m.Kernel && m.SchedulerNote == "" {
 		line("multipath", "%s", multipath(m.Wanted))
 	} else {
 		line("multipath", "wanted  %s", multipath(m.Wanted))

@@ -247,6 +247,9 @@ func (r *Router) watch(ctx context.Context) {
 		r.mu.Lock()
 		revision, pass := r.revision, r.lastPass
 		r.mu.Unlock()
+		if measuring && r.demote(time.Now(), revision.Settings, r.silence.apply(revision.Settings, statuses)) {
+			r.loop.Poke()
+		}
 		now := moment{kernel: slices.Clone(pass.Problems)}
 		single := oneUplink(revision.Settings.Multipath, r.mptcp)
 		now.uplinks = describeUplinks(revision.Settings, r.silence.apply(revision.Settings, statuses), pool, nil, nil, single)

@@ -13,10 +13,12 @@ import (
 	"sheaf/webui"
 )
 
-// The path of scheduler firstfit where a kernel does not have it:
+// The path of scheduler firstfit where a kernel does not have it, and of what is
+// done about uplinks that do harm:
 //
-//	counters of interfaces, round trips of carriers ─▶ keepFilling ─▶ uplink.Filling ─▶ held
-//	held ─▶ effective settings, in which these are backups ─▶ kernel, packets
+//	counters of interfaces, round trips ─┬▶ keepFilling ─▶ uplink.Filling ─▶ held ───┐
+//	of carriers                          └▶ watch ─▶ uplink.Demotion ─▶ demoted ─────┤
+//	kernel, packets ◀─ effective settings, in which these are backups ◀──────────────┘
 //
 // Sessions are dialled from the most preferred uplinks at all times: with empty
 // queues the kernel's scheduler takes the first subflow.
@@ -25,13 +27,16 @@ const firstfit = "firstfit"
 
 // filling knows which uplinks are held back.
 type filling struct {
-	mu   sync.Mutex
-	held []string
+	mu      sync.Mutex
+	held    []string
+	demoted map[string]string // why, by uplink
 
 	// Only the goroutine that looks uses these.
 	decides uplink.Filling
 	looked  time.Time
 	bytes   map[string][2]uint64 // received, sent
+
+	harm uplink.Demotion // only the goroutine that measures uses it
 }
 
 // approximated says whether firstfit is to be approximated: backup flags hold for
@@ -58,15 +63,50 @@ func (f *filling) set(held []string) bool {
 // effective are the settings as they are carried out, and those by which sessions
 // are dialled.
 func (r *Router) effective(s settings.Settings, statuses []uplink.Status) (now, dialled settings.Settings) {
+	r.filling.mu.Lock()
+	defer r.filling.mu.Unlock()
+	if len(r.filling.demoted) > 0 {
+		s = backups(s, slices.Collect(maps.Keys(r.filling.demoted)))
+	}
 	if !r.approximates(s.Multipath) {
 		return s, s
 	}
 	if !slices.Contains(r.schedulers, firstfit) {
 		s.Multipath.Scheduler = "default"
 	}
+	return backups(s, r.filling.held), backups(s, later(s, statuses))
+}
+
+// demote looks for uplinks that do harm, and says whether the decision is a new one.
+// Where one uplink carries at a time, or another program decides, there is none.
+func (r *Router) demote(now time.Time, s settings.Settings, statuses []uplink.Status) bool {
+	var demoted map[string]string
+	manager := s.Multipath.PathManager
+	if s.Multipath.Enabled && r.mptcp != kernel.NoMPTCP && !manager.OneUplink() && manager != settings.PathManagerNetlink {
+		trips := r.roundTrips()
+		r.meter.mu.Lock()
+		rates := r.meter.rates
+		r.meter.mu.Unlock()
+		var loads []uplink.Load
+		for _, u := range usable(s, statuses) {
+			rate, t := rates[u.Name], trips[u.Name]
+			loads = append(loads, uplink.Load{Name: u.Name, Received: float64(rate[0]) / 8, Sent: float64(rate[1]) / 8,
+				RTT: t.rtt, MinRTT: t.least, Loss: t.loss})
+		}
+		demoted = r.filling.harm.Look(now, r.filling.inUse(loads))
+	}
 	r.filling.mu.Lock()
 	defer r.filling.mu.Unlock()
-	return backups(s, r.filling.held), backups(s, later(s, statuses))
+	changed := !maps.Equal(demoted, r.filling.demoted)
+	r.filling.demoted = demoted
+	return changed
+}
+
+// inUse leaves out what is held back.
+func (f *filling) inUse(loads []uplink.Load) []uplink.Load {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return slices.DeleteFunc(loads, func(l uplink.Load) bool { return slices.Contains(f.held, l.Name) })
 }
 
 // backups are the settings with these uplinks as backups.
@@ -131,6 +171,9 @@ func (r *Router) fill(now time.Time) bool {
 		return false // the loop says so
 	}
 	statuses = r.silence.apply(set, statuses)
+	f.mu.Lock()
+	set = backups(set, slices.Collect(maps.Keys(f.demoted)))
+	f.mu.Unlock()
 	return f.set(f.decides.Look(now, f.loads(now, usable(set, statuses), statuses, r.roundTrips())))
 }
 
@@ -153,7 +196,10 @@ func (f *filling) loads(now time.Time, usable []settings.Uplink, statuses []upli
 }
 
 // trip is the round-trip time of what travels now, and the least lately.
-type trip struct{ rtt, least time.Duration }
+type trip struct {
+	rtt, least time.Duration
+	loss       float64
+}
 
 // roundTrips are those over each uplink, of its carrier of packets, whose probes
 // wait in the queues that flows fill; or of the subflow on which bytes wait longest,
@@ -162,7 +208,7 @@ func (r *Router) roundTrips() map[string]trip {
 	trips := map[string]trip{}
 	for _, l := range r.packets.bond.Stats().Links {
 		if l.Name != "" && l.Fit {
-			trips[l.Name] = trip{l.StandingRTT, l.MinRTT}
+			trips[l.Name] = trip{l.StandingRTT, l.MinRTT, l.Loss}
 		}
 	}
 	r.mu.Lock()
@@ -175,7 +221,7 @@ func (r *Router) roundTrips() map[string]trip {
 	for _, f := range r.pool.Status().Subflows {
 		if i := uplink.Of(statuses, f.Local); i >= 0 {
 			if name := statuses[i].Name; f.RTT-f.MinRTT >= slowest[name].rtt-slowest[name].least {
-				slowest[name] = trip{f.RTT, f.MinRTT}
+				slowest[name] = trip{rtt: f.RTT, least: f.MinRTT}
 			}
 		}
 	}
@@ -183,18 +229,22 @@ func (r *Router) roundTrips() map[string]trip {
 	return slowest
 }
 
-// describe says of uplinks that are held back why they stand by.
+// describe says of uplinks that are held back or demoted why they stand by.
 func (f *filling) describe(uplinks []webui.UplinkStatus) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	carries := func(u webui.UplinkStatus) bool {
-		return u.State == "carrying" && u.Mode == string(settings.On) && !slices.Contains(f.held, u.Name)
+		return u.State == "carrying" && u.Mode == string(settings.On) && !slices.Contains(f.held, u.Name) && f.demoted[u.Name] == ""
 	}
 	if !slices.ContainsFunc(uplinks, carries) {
 		return
 	}
 	for i := range uplinks {
-		if u := &uplinks[i]; u.State == "carrying" && slices.Contains(f.held, u.Name) {
+		switch u := &uplinks[i]; {
+		case u.State != "carrying":
+		case f.demoted[u.Name] != "":
+			u.State, u.Reason = "standby", f.demoted[u.Name]
+		case slices.Contains(f.held, u.Name):
 			u.State, u.Reason = "standby", "firstfit: the uplinks preferred to it are not full"
 		}
 	}

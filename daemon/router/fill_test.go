@@ -77,6 +77,11 @@ func TestUplinksThatAreHeldBack(t *testing.T) {
 	if modes(s) != "on on on backup off" {
 		t.Errorf("the settings themselves have become %s", modes(s))
 	}
+	r.filling.demoted = map[string]string{"a": "harm"}
+	if now, dialled := r.effective(s, append([]uplink.Status{fit("a", 1)}, rest...)); modes(now) != "backup on backup backup off" || modes(dialled) != "backup on backup backup off" {
+		t.Errorf("a is demoted: modes %s, to dial %s", modes(now), modes(dialled))
+	}
+	r.filling.demoted = nil
 	r.schedulers = []string{"default", "firstfit"}
 	if now, _ := r.effective(s, rest); modes(now) != modes(s) || now.Multipath.Scheduler != firstfit {
 		t.Errorf("with a kernel that has the scheduler: %s, %s", modes(now), now.Multipath.Scheduler)
@@ -96,14 +101,14 @@ func TestLoads(t *testing.T) {
 	var f filling
 	at := time.Unix(1_800_000_000, 0)
 	a, b := fit("a", 1), fit("b", 2)
-	trips := map[string]trip{"a": {30 * time.Millisecond, 20 * time.Millisecond}}
+	trips := map[string]trip{"a": {rtt: 30 * time.Millisecond, least: 20 * time.Millisecond}}
 	for i, step := range []struct {
 		received, sent uint64
 		want           string
 	}{
-		{1000, 100, "[{a 0 0 0 30ms 20ms} {b 1 0 0 0s 0s}]"}, // the first look
-		{3000, 200, "[{a 0 8000 400 30ms 20ms} {b 1 0 0 0s 0s}]"},
-		{10, 10, "[{a 0 0 0 30ms 20ms} {b 1 0 0 0s 0s}]"}, // the interface was made anew
+		{1000, 100, "[{a 0 0 0 30ms 20ms 0} {b 1 0 0 0s 0s 0}]"}, // the first look
+		{3000, 200, "[{a 0 8000 400 30ms 20ms 0} {b 1 0 0 0s 0s 0}]"},
+		{10, 10, "[{a 0 0 0 30ms 20ms 0} {b 1 0 0 0s 0s 0}]"}, // the interface was made anew
 	} {
 		a.ReceivedBytes, a.SentBytes = step.received, step.sent
 		statuses := []uplink.Status{a, b}
@@ -125,6 +130,11 @@ func TestStatesOfUplinksThatAreHeldBack(t *testing.T) {
 		if got := list[0].State + " " + list[1].State; got != c.want || (list[1].State == "standby") != (list[1].Reason != "") {
 			t.Errorf("%+v: %s, because %q", c, got, list[1].Reason)
 		}
+	}
+	f := filling{demoted: map[string]string{"a": "harm"}}
+	list := []webui.UplinkStatus{{Name: "a", Mode: "on", State: "carrying"}, {Name: "b", Mode: "on", State: "carrying"}}
+	if f.describe(list); list[0].State != "standby" || list[0].Reason != "harm" || list[1].State != "carrying" {
+		t.Errorf("a is demoted: %+v", list)
 	}
 	r, s := preferring(t, "a on", "b on")
 	for _, c := range []struct {

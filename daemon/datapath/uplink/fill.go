@@ -51,6 +51,7 @@ type Load struct {
 	Received, Sent float64
 	// RTT is of what travels over it now, MinRTT the least lately; 0 if not known.
 	RTT, MinRTT time.Duration
+	Loss        float64 // the share that is lost, 0 to 1
 }
 
 // Filling decides which uplinks are used. The zero value uses the most preferred.

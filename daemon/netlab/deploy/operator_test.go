@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"sheaf/daemon/netlab"
 	"sheaf/webui"
 )
 
@@ -379,4 +380,19 @@ func TestFirstfitByBackupFlags(t *testing.T) {
 	w.need(<-d.done)
 	w.untilUplink(2, "stands by again", waits)
 	w.untilUplink(3, "stands by again", waits)
+}
+
+// An uplink that is very slow and very long becomes a backup while others are full,
+// and it is said why.
+func TestUplinkThatDoesHarmIsDemoted(t *testing.T) {
+	w := up(t)
+	w.need(w.Lab.Uplinks[2].Set(netlab.Shape{Rate: 400e3, Delay: 400 * time.Millisecond, Queue: 200 * time.Millisecond}))
+	d := w.startDownload(300e6)
+	w.untilUplink(3, "is demoted", func(u webui.UplinkStatus) bool {
+		return u.State == "standby" && strings.Contains(u.Reason, "demoted to a backup until ")
+	})
+	w.untilUplink(1, "carries", func(u webui.UplinkStatus) bool { return u.State == "carrying" })
+	w.quiet(d, 3)
+	w.carries(d, 1)
+	w.carries(d, 2)
 }
