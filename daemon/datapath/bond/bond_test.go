@@ -1239,14 +1239,14 @@ func TestStandingRTT(t *testing.T) {
 		t.Errorf("before any probe was answered: %v", d)
 	}
 	now := time.Hour
-	for i, c := range []struct{ rtt, want time.Duration }{
+	for i, c := range []struct{ rtt, want int }{
 		{30, 30}, {90, 30}, {20, 20}, {90, 20}, {60, 20}, {70, 20}, {60, 20}, {60, 20}, {60, 20}, {60, 20}, {60, 60}, {21, 21},
 	} {
 		number := h.onProbe(now)
-		now += c.rtt * time.Millisecond
+		now += time.Duration(c.rtt) * time.Millisecond
 		h.onReply(message{kind: kindReply, number: number}, now)
-		if d := h.standingRTT(); d != c.want*time.Millisecond {
-			t.Errorf("after probe %d: %v, want %v ms", i+1, d, int(c.want))
+		if d := h.standingRTT(); d != time.Duration(c.want)*time.Millisecond {
+			t.Errorf("after probe %d: %v, want %v ms", i+1, d, c.want)
 		}
 	}
 }
