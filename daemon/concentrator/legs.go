@@ -3,10 +3,8 @@ package concentrator
 import (
 	"encoding/binary"
 	"errors"
-	"fmt"
 	"log/slog"
 	"net/netip"
-	"slices"
 	"sync"
 	"time"
 
@@ -24,8 +22,6 @@ import (
 // The TUN is there once the first router wants a leg.
 
 const (
-	// maxLegs of one router: as many as it may have uplinks.
-	maxLegs = 16
 	// legSubnet is the /64 of all legs in the network of inner addresses: no
 	// router's, which end with maxSubnet.
 	legSubnet = 1<<16 - 1
@@ -49,22 +45,13 @@ type legs struct {
 	private leg.Private
 	end     *leg.End // nil until the first is wanted
 	device  desired.Interface
-	routers map[tunnel.PublicKey][]routerLeg
-	numbers map[uint16]bool // of addresses in use
+	book    legBook
 	closed  bool
-}
-
-// routerLeg is one leg of a router.
-type routerLeg struct {
-	uplink string
-	key    leg.Key
-	number uint16
 }
 
 func newLegs(log *slog.Logger, store *Store, sockets func() []*tunnel.Beside) *legs {
 	return &legs{
-		log: log, store: store, sockets: sockets, changed: func() {}, private: leg.NewPrivate(),
-		routers: map[tunnel.PublicKey][]routerLeg{}, numbers: map[uint16]bool{},
+		log: log, store: store, sockets: sockets, changed: func() {}, private: leg.NewPrivate(), book: legBook{},
 	}
 }
 
@@ -83,89 +70,45 @@ func (l *legs) address6(number uint16) netip.Addr {
 
 // set makes these the legs of a router, and says what became of each.
 func (l *legs) set(router tunnel.PublicKey, wanted []tunnel.Leg) (answers []tunnel.LegAnswer) {
-	if len(wanted) > maxLegs {
-		wanted = wanted[:maxLegs]
-	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	before := l.routers[router]
-	var now []routerLeg
-	for _, w := range wanted {
-		answer := tunnel.LegAnswer{Leg: w}
-		one, err := l.admit(router, now, w)
-		if err == nil {
+	var err error
+	if len(wanted) > 0 {
+		if !l.multipath() {
+			err = errors.New("a leg would be of no use: MPTCP is off in the concentrator's kernel")
+		} else {
 			err = l.serve()
 		}
-		if err == nil {
-			err = l.setPeer(one)
+	}
+	if err != nil {
+		for _, w := range wanted {
+			answers = append(answers, tunnel.LegAnswer{Leg: w, Reason: err.Error()})
 		}
-		if err != nil {
-			answer.Reason = err.Error()
-			l.log.Warn("a router's leg is refused", "uplink", w.Uplink, "error", err)
+		return answers
+	}
+	decisions, gone := l.book.set(router, wanted)
+	for _, key := range gone {
+		if l.end != nil { // else its TUN has just been deleted
+			l.end.RemovePeer(key)
+		}
+	}
+	far := l.private.Public()
+	for i, d := range decisions {
+		answer := tunnel.LegAnswer{Leg: wanted[i]}
+		if d.refusal == nil {
+			d.refusal = l.setPeer(d.leg)
+		}
+		if d.refusal != nil {
+			answer.Reason = d.refusal.Error()
 		} else {
-			now = append(now, one)
-			l.numbers[one.number] = true
-			far := l.private.Public()
-			answer.Far, answer.Address4, answer.Address6 = far[:], l.address4(one.number), l.address6(one.number)
+			answer.Far, answer.Address4, answer.Address6 = far[:], l.address4(d.leg.number), l.address6(d.leg.number)
 		}
 		answers = append(answers, answer)
-	}
-	for _, old := range before {
-		l.forget(old, now)
-	}
-	l.routers[router] = now
-	if len(now) == 0 {
-		delete(l.routers, router)
 	}
 	return answers
 }
 
-// admit finds an address for a leg: the one that the router's uplink has already, or
-// a free one.
-func (l *legs) admit(router tunnel.PublicKey, now []routerLeg, w tunnel.Leg) (routerLeg, error) {
-	one := routerLeg{uplink: w.Uplink}
-	switch {
-	case !l.multipath():
-		return one, errors.New("a leg would be of no use: MPTCP is off in the concentrator's kernel")
-	case len(w.Key) != len(leg.Key{}):
-		return one, fmt.Errorf("the key has %d bytes, want %d", len(w.Key), len(leg.Key{}))
-	case slices.ContainsFunc(now, func(o routerLeg) bool { return o.uplink == w.Uplink }):
-		return one, errors.New("the uplink has one already")
-	}
-	one.key = leg.Key(w.Key)
-	for key, all := range l.routers {
-		for _, other := range all {
-			mine := key == router && other.uplink == one.uplink
-			switch {
-			case mine:
-				one.number = other.number
-			case other.key == one.key:
-				return one, errors.New("the key is in use")
-			}
-		}
-	}
-	for n := uint16(1); n <= maxSubnet && one.number == 0; n++ {
-		if !l.numbers[n] {
-			one.number = n
-		}
-	}
-	if one.number == 0 {
-		return one, errors.New("all addresses are taken")
-	}
-	return one, nil
-}
-
-// forget takes away of an old leg what the new ones do not have.
-func (l *legs) forget(old routerLeg, now []routerLeg) {
-	if !slices.ContainsFunc(now, func(o routerLeg) bool { return o.key == old.key }) && l.end != nil {
-		l.end.RemovePeer(old.key)
-	}
-	if !slices.ContainsFunc(now, func(o routerLeg) bool { return o.number == old.number }) {
-		delete(l.numbers, old.number)
-	}
-}
-
-func (l *legs) setPeer(one routerLeg) error {
+func (l *legs) setPeer(one legEntry) error {
 	return l.end.SetPeer(leg.Peer{Key: one.key, Addresses: []netip.Prefix{
 		netip.PrefixFrom(l.address4(one.number), 32), netip.PrefixFrom(l.address6(one.number), 128),
 	}})
@@ -205,7 +148,7 @@ func (l *legs) again(end *leg.End) {
 		l.end, l.device = nil, desired.Interface{}
 		err := l.serve()
 		if err == nil {
-			for _, all := range l.routers {
+			for _, all := range l.book {
 				for _, one := range all {
 					err = errors.Join(err, l.setPeer(one))
 				}

@@ -216,7 +216,6 @@ func (u *uplinkLeg) step(ctx context.Context, now time.Time, log *slog.Logger, p
 		}
 	}
 	udp := now.Sub(u.carried) < udpGone
-	up := false
 	switch strips := u.stripping.Strips(); {
 	case u.end == nil && strips && udp && len(u.answer.Far) == len(leg.Key{}):
 		if err := u.open(ctx, log, peer, at); err != nil {
@@ -231,10 +230,9 @@ func (u *uplinkLeg) step(ctx context.Context, now time.Time, log *slog.Logger, p
 		u.close()
 		return
 	default:
-		up = strips && udp && u.end.Fresh(now)
-	}
-	if up != u.device.Up {
-		u.device.Up, u.since = up, now
+		if up := strips && udp && u.end.Fresh(now); up != u.device.Up {
+			u.device.Up, u.since = up, now
+		}
 	}
 }
 

@@ -62,7 +62,7 @@ func TestStripping(t *testing.T) {
 			var s Stripping
 			for _, step := range c.steps {
 				now := begin.Add(step.at)
-				got := false
+				var got bool
 				switch step.what {
 				case look:
 					joined := time.Time{}
