@@ -52,6 +52,13 @@ func shared() []uplink.Status {
 	return []uplink.Status{a, b}
 }
 
+// legged is an uplink that strips MPTCP, and its leg.
+func legged(name string, number int, up bool) uplink.Status {
+	s := fit(name, number)
+	s.Leg = uplink.Leg{Interface: "sheafleg1", Index: 9, Addresses: []netip.Addr{netip.MustParseAddr("10.84.0.2")}, Up: up, Reason: stripped}
+	return s
+}
+
 func managed(s settings.Settings, p settings.PathManager) settings.Settings {
 	s.Multipath.PathManager = p
 	return s
@@ -97,6 +104,10 @@ func TestUplinkStates(t *testing.T) {
 			tunnel.Status{Reason: errors.New("refused")}, "unfit unfit", "down"},
 		{"MPTCP stripped", chosen(t, "a on"), []uplink.Status{fit("a", 1)},
 			tunnel.Status{Up: true, Plain: []string{"a"}, Subflows: []tunnel.Subflow{subflow(1, 0)}}, "carrying", "degraded"},
+		{"MPTCP stripped, with a leg", chosen(t, "a on", "b on"), []uplink.Status{fit("a", 1), legged("b", 2, true)},
+			up(subflow(1, 0), from("10.84.0.2:4000")), "carrying carrying", "up"},
+		{"MPTCP stripped, without", chosen(t, "a on", "b on"), []uplink.Status{fit("a", 1), legged("b", 2, false)},
+			up(subflow(1, 0)), "carrying unfit", "degraded"},
 		{"one uplink at a time", managed(chosen(t, "a on", "b on"), settings.PathManagerDefault), []uplink.Status{fit("a", 1), fit("b", 2)}, up(subflow(1, 0)), "carrying standby", "up"},
 	} {
 		single := oneUplink(c.settings.Multipath, kernel.Upstream)
@@ -114,6 +125,39 @@ func TestUplinkStates(t *testing.T) {
 		if got := describeTunnel(c.settings, uplinks, c.pool, single); got.State != c.tunnel || got.State != "up" && got.Reason == "" {
 			t.Errorf("%s: tunnel %s (%s), want %s", c.name, got.State, got.Reason, c.tunnel)
 		}
+	}
+}
+
+func TestLegIsShownWithItsReason(t *testing.T) {
+	pool := tunnel.Status{Up: true, Subflows: []tunnel.Subflow{subflow(1, 0)}}
+	for _, up := range []bool{true, false} {
+		u := describeUplinks(chosen(t, "a on"), []uplink.Status{legged("a", 2, up)}, pool, nil, map[netip.Addr]float64{netip.MustParseAddr("10.84.0.2"): 0.5}, "")[0]
+		want := map[bool]string{true: "udp"}[up]
+		if u.Leg != want || u.LegReason != stripped || u.Address != "10.2.0.2" || (u.Loss != nil) != up || !up && u.Reason != stripped {
+			t.Errorf("up %v: %+v", up, u)
+		}
+	}
+}
+
+// Sessions are dialled from a leg that is up, packets from the uplink itself.
+func TestPathsOfLegs(t *testing.T) {
+	set := chosen(t, "a on", "b backup", "c off")
+	shared := legged("b", 2, true)
+	shared.Ports = uplink.Ports{First: 100, Last: 199}
+	statuses := []uplink.Status{legged("a", 1, false), shared, fit("c", 3)}
+	show := func(list []tunnel.Path) string {
+		var lines []string
+		for _, p := range list {
+			lines = append(lines, fmt.Sprint(p))
+		}
+		return strings.Join(lines, " ")
+	}
+	const a = "{a [10.1.0.2] [10.84.0.2] {0 0} false}"
+	if got, want := show(paths(set, statuses)), a+" {b [10.2.0.2] [10.84.0.2] {100 199} true}"; got != want {
+		t.Errorf("packets: %s, want %s", got, want)
+	}
+	if got, want := show(sessionPaths(set, statuses)), a+" {b [10.84.0.2] [10.2.0.2] {0 0} true}"; got != want {
+		t.Errorf("sessions: %s, want %s", got, want)
 	}
 }
 

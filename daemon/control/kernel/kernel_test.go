@@ -71,7 +71,12 @@ func compile(t *testing.T, s settings.Settings) desired.State {
 	must(t, err)
 	lan, err := uplink.Observe(s.LAN.Interfaces)
 	must(t, err)
-	return desired.Compile(s, uplink.Judge(o, wants), uplink.Networks(lan), tunnel(t))
+	statuses := uplink.Judge(o, wants)
+	if l, err := netlink.LinkByName(desired.LegName(1)); err == nil {
+		statuses[1].Leg = uplink.Leg{Interface: desired.LegName(1), Index: l.Attrs().Index, MTU: desired.LegMTU, Up: true,
+			Addresses: []netip.Addr{netip.MustParseAddr("10.84.0.2"), netip.MustParseAddr("fd00:84::2")}}
+	}
+	return desired.Compile(s, statuses, uplink.Networks(lan), tunnel(t))
 }
 
 // tunnel is one that is up while there is a TUN.
@@ -148,6 +153,7 @@ func dumpNamespace(t *testing.T) string {
 func TestApplyAndRead(t *testing.T) {
 	s := router(t)
 	newTUN(t, desired.TunnelName)
+	newTUN(t, desired.LegName(1))
 	k := open(t)
 	want := compile(t, s)
 
@@ -183,6 +189,7 @@ func TestApplyAndRead(t *testing.T) {
 		cmp.Diff(sortedRoutes(want.Routes), sortedRoutes(have.Routes)),
 		cmp.Diff(desired.Table{Name: want.Table.Name, Digest: want.Table.Digest}, have.Table),
 		cmp.Diff(want.Device, have.Device, same...),
+		cmp.Diff(want.Legs, have.Legs, same...),
 		cmp.Diff(len(want.MPTCP.Endpoints), len(have.MPTCP.Endpoints)),
 		cmp.Diff(want.MPTCP.Limits, have.MPTCP.Limits),
 	} {
@@ -195,7 +202,7 @@ func TestApplyAndRead(t *testing.T) {
 			t.Errorf("%s is %q, want %q", path, got, w.Value)
 		}
 	}
-	if len(want.Rules) != 9 || len(want.Routes) != 12 || len(want.MPTCP.Endpoints) != 3 || len(want.Device.Addresses) != 2 {
+	if len(want.Rules) != 11 || len(want.Routes) != 14 || len(want.MPTCP.Endpoints) != 4 || len(want.Device.Addresses) != 2 || len(want.Legs) != 1 {
 		t.Errorf("the router of this test is not what it should be: %+v", want)
 	}
 

@@ -377,3 +377,70 @@ func TestFullDatagramsBlockUntilTheyEnd(t *testing.T) {
 	_ = m.Close()
 	await(t, ended, "Send on a closed connection")
 }
+
+// What is not QUIC passes beside it, both ways, on the same socket.
+func TestBesideQUIC(t *testing.T) {
+	b, _ := newQuietBond(t)
+	socket := udp(t, "127.0.0.1:0")
+	b.serveDatagrams(socket)
+	b.datagrams(b.datagramPeer(socket)) // it serves by now
+	beside := b.server.Beside()
+	if len(beside) != 1 {
+		t.Fatalf("%d sockets, want 1", len(beside))
+	}
+	type packet struct {
+		text string
+		from net.Addr
+		err  error
+	}
+	received := make(chan packet, 1)
+	go func() {
+		for {
+			buffer := make([]byte, 1500)
+			n, from, err := beside[0].ReadFrom(buffer)
+			received <- packet{string(buffer[:n]), from, err}
+			if err != nil {
+				return
+			}
+		}
+	}()
+	router, remote, err := b.datagramPeer(socket).ListenUDP(t.Context(), b.loopback()[0], 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = router.Close() }()
+	want := string([]byte{4, 0, 0, 0}) + strings.Repeat("x", 1436) // as long as a full packet of WireGuard
+	var got packet
+	for try := 0; got.text == ""; try++ { // what comes before ReadFrom is lost
+		if try == 100 {
+			t.Fatal("nothing arrives")
+		}
+		if _, err := router.WriteToUDPAddrPort([]byte(want), remote); err != nil {
+			t.Fatal(err)
+		}
+		select {
+		case got = <-received:
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+	if got.text != want || got.err != nil || got.from.String() != router.LocalAddr().String() {
+		t.Fatalf("%d bytes from %v, %v", len(got.text), got.from, got.err)
+	}
+	if _, err := beside[0].WriteTo([]byte(want), got.from); err != nil {
+		t.Fatal(err)
+	}
+	buffer := make([]byte, 1500)
+	_ = router.SetReadDeadline(time.Now().Add(10 * time.Second))
+	if n, from, err := router.ReadFromUDPAddrPort(buffer); string(buffer[:n]) != want || from != remote || err != nil {
+		t.Errorf("back come %d bytes from %v, %v", n, from, err)
+	}
+	_ = beside[0].Close()
+	for {
+		if got := await(t, received, "the end"); got.err != nil {
+			if !errors.Is(got.err, net.ErrClosed) {
+				t.Error(got.err)
+			}
+			return
+		}
+	}
+}

@@ -244,3 +244,31 @@ func TestNothingCalmer(t *testing.T) {
 		t.Errorf("congestion control %s", got)
 	}
 }
+
+// MPTCP passes where the other end speaks it, and does not where it falls back.
+func TestPasses(t *testing.T) {
+	b := newBond(t)
+	peer := b.enrolledPeer()
+	if passes, err := peer.Passes(t.Context(), b.loopback()[0]); !passes || err != nil {
+		t.Errorf("to a listener with MPTCP: %v, %v", passes, err)
+	}
+	config := net.ListenConfig{}
+	config.SetMultipathTCP(false)
+	l, err := config.Listen(t.Context(), "tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	var running sync.WaitGroup
+	running.Go(func() { b.server.Serve(ctx, l) })
+	defer running.Wait()
+	defer cancel()
+	peer.Addresses = []string{l.Addr().String()}
+	if passes, err := peer.Passes(t.Context(), b.loopback()[0]); passes || err != nil {
+		t.Errorf("to one without: %v, %v", passes, err)
+	}
+	peer.Addresses = []string{"127.0.0.1:1"}
+	if passes, err := peer.Passes(t.Context(), b.loopback()[0]); passes || err == nil {
+		t.Errorf("to nobody: %v, %v", passes, err)
+	}
+}
