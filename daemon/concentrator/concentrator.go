@@ -3,11 +3,12 @@
 //
 //	router ═ MPTCP ═▶ listener ─▶ tunnel.Server ─ OPEN ─▶ egress.Dialer ─▶ Internet
 //	router ═ QUIC, MPTCP ═▶ tunnel.Server ─ Attach ─▶ packets ─▶ TUN ─▶ masquerade ─▶ Internet
+//	router ═ UDP beside QUIC ═▶ legs ─▶ TUN of legs ─▶ listener
 //	Internet ─▶ egress.Forwards ─▶ tunnel.Server.OpenInbound ═▶ router
 //	concentratord token, routers ─▶ unix socket ─▶ Store ─▶ tunnel.Server (revocation)
-//	events ─▶ reconcile.Loop ─▶ want ─▶ kernel: one nftables table, one TUN
+//	events ─▶ reconcile.Loop ─▶ want ─▶ kernel: one nftables table, one TUN, and one more for legs
 //
-// Beside its own files, table and TUN it changes of the machine, where it may,
+// Beside its own files, table and TUN devices it changes of the machine, where it may,
 // the number of subflows that the kernel accepts for a connection and what makes
 // the kernel forward packets. Both are put back when it stops. Of the TCP
 // connections of its port it ends those that sessions have given up (subflows.go).

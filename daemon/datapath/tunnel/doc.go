@@ -51,4 +51,7 @@
 // bidirectional stream, on which HELLO, with the role "packets" and the uplink's
 // name as link, and its answer travel as above. After WELCOME each DATAGRAM frame
 // (RFC 9221) is one message.
+//
+// What comes to that UDP port and is not QUIC is WireGuard's, for the legs that were
+// wished and granted in CONFIG and STATE (Wishes, Answers): it goes to package leg.
 package tunnel
