@@ -64,14 +64,16 @@ type legs struct {
 type uplinkLeg struct {
 	path      tunnel.Path // of the uplink itself
 	stripping uplink.Stripping
-	trying    bool
+	trying    bool // MPTCP, at the moment
+	opening   bool
 	private   leg.Private
 	carried   time.Time // when UDP was last seen to pass
 
 	end    *leg.End // nil while there is none
 	answer tunnel.LegAnswer
 	device uplink.Leg
-	since  time.Time // that it is up, or not
+	since  time.Time // that it is up, or not, or could not be made
+	failed string    // why it could not be made, as logged
 	tries  int
 }
 
@@ -154,10 +156,14 @@ func (l *legs) look(ctx context.Context, now time.Time, places map[string]place,
 			trying.Go(func() { l.try(ctx, peer, path, u) })
 		}
 		was := u.device
-		u.step(ctx, now, l.log, peer, place, answers)
+		if u.step(now, answers) && !u.opening {
+			u.opening = true
+			try := u.tries
+			trying.Go(func() { l.open(ctx, peer, u, path, place, try) })
+		}
 		if u.device.Up != was.Up || u.device.Index != was.Index {
 			changed = true
-			l.log.Info("leg of an uplink that strips MPTCP", "uplink", path.Name, "interface", u.device.Interface, "up", u.device.Up)
+			l.log.Info("leg of an uplink", "uplink", path.Name, "interface", was.Interface, "up", u.device.Up)
 		}
 	}
 	for name, u := range l.uplinks {
@@ -196,8 +202,8 @@ func (l *legs) try(ctx context.Context, peer *tunnel.Peer, path tunnel.Path, u *
 	}
 }
 
-// step makes, keeps or ends the leg of one uplink.
-func (u *uplinkLeg) step(ctx context.Context, now time.Time, log *slog.Logger, peer *tunnel.Peer, at place, answers []tunnel.LegAnswer) {
+// step keeps or ends the leg of one uplink, or says that one is to be made.
+func (u *uplinkLeg) step(now time.Time, answers []tunnel.LegAnswer) (open bool) {
 	key := u.private.Public()
 	for _, a := range answers {
 		if a.Uplink != u.path.Name || string(a.Key) != string(key[:]) {
@@ -218,22 +224,17 @@ func (u *uplinkLeg) step(ctx context.Context, now time.Time, log *slog.Logger, p
 	udp := now.Sub(u.carried) < udpGone
 	switch strips := u.stripping.Strips(); {
 	case u.end == nil && strips && udp && len(u.answer.Far) == len(leg.Key{}):
-		if err := u.open(ctx, log, peer, at); err != nil {
-			log.Warn("an uplink that strips MPTCP has no leg for now", "uplink", u.path.Name, "error", err)
-		}
-		u.since = now
-		return
+		return now.Sub(u.since) > legEnds
 	case u.end == nil:
-		return
 	case !strips && !u.device.Up && now.Sub(u.since) > legEnds, !u.device.Up && now.Sub(u.since) > legAnswers:
 		u.tries++
 		u.close()
-		return
 	default:
 		if up := strips && udp && u.end.Fresh(now); up != u.device.Up {
 			u.device.Up, u.since = up, now
 		}
 	}
+	return false
 }
 
 // legMTU is what fits into one packet of an interface, as far as IPv6 lets us.
@@ -251,14 +252,37 @@ func (u *uplinkLeg) serves(a tunnel.LegAnswer) bool {
 	return string(a.Far) == string(u.answer.Far) && a.Address4 == u.answer.Address4 && a.Address6 == u.answer.Address6
 }
 
-// open makes the TUN and the socket, and begins to ask.
-func (u *uplinkLeg) open(ctx context.Context, log *slog.Logger, peer *tunnel.Peer, at place) error {
+// open makes a leg. Where the concentrator is may take a while to find out, and
+// nobody waits for that.
+func (l *legs) open(ctx context.Context, peer *tunnel.Peer, u *uplinkLeg, path tunnel.Path, at place, try int) {
 	ctx, cancel := context.WithTimeout(ctx, tryTime)
 	defer cancel()
-	socket, remote, err := peer.ListenUDP(ctx, u.path, u.tries)
-	if err != nil {
-		return err
+	socket, remote, err := peer.ListenUDP(ctx, path, try)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	u.opening = false
+	switch {
+	case err == nil && (l.uplinks[path.Name] != u || len(u.answer.Far) != len(leg.Key{})): // it is no longer wanted
+		_ = socket.Close()
+		return
+	case err == nil:
+		err = u.open(socket, remote, at, l.log)
 	}
+	if err != nil {
+		u.since = time.Now()
+		if u.failed != err.Error() {
+			u.failed = err.Error()
+			l.log.Warn("an uplink that strips MPTCP has no leg for now", "uplink", path.Name, "error", err)
+		}
+		return
+	}
+	u.failed = ""
+	l.log.Info("an uplink that strips MPTCP has a leg", "uplink", path.Name, "interface", at.device, "to", remote)
+	l.changed()
+}
+
+// open makes the TUN, and begins to ask; the socket is its own from here on.
+func (u *uplinkLeg) open(socket *net.UDPConn, remote netip.AddrPort, at place, log *slog.Logger) error {
 	device, index, err := tun.OpenWireGuard(at.device)
 	if err != nil {
 		_ = socket.Close()
@@ -275,7 +299,8 @@ func (u *uplinkLeg) open(ctx context.Context, log *slog.Logger, peer *tunnel.Pee
 		end.Close()
 		return err
 	}
-	u.end, u.device = end, uplink.Leg{Interface: at.device, Index: index, MTU: legMTU(at.uplink)}
+	u.end, u.since = end, time.Now()
+	u.device = uplink.Leg{Interface: at.device, Index: index, MTU: legMTU(at.uplink)}
 	return nil
 }
 
@@ -315,7 +340,7 @@ func (u *uplinkLeg) reason(up bool) string {
 	case up:
 		return stripped
 	case u.answer.Reason != "":
-		return stripped + "; the concentrator makes no leg of UDP: " + u.answer.Reason
+		return "MPTCP falls back to plain TCP; the concentrator makes no leg of UDP: " + u.answer.Reason
 	case time.Since(u.carried) >= udpGone:
 		return stripped + ", and UDP does not pass either"
 	}
