@@ -14,6 +14,9 @@ const (
 	unequalRuns = 3
 	unequalTime = 15 * time.Second
 	unequalRamp = 2 * time.Second
+	// unequalRest is for what the transfer before, which was cut off, has left in the
+	// queues: it is not this one's.
+	unequalRest = time.Second
 )
 
 // unequalPairs are uplinks of which the second may cost more than it brings.
@@ -50,6 +53,9 @@ func benchUnequal(ctx context.Context, o benchOptions) error {
 				for _, upload := range []bool{false, true} {
 					var whole, steady []float64
 					for range runs {
+						if err := sleep(ctx, unequalRest); err != nil {
+							return err
+						}
 						samples, err := streams.run(ctx, dial, upload, func(begin time.Time) error { return sleep(ctx, time.Until(begin.Add(unequalTime))) })
 						if err != nil {
 							return err
