@@ -147,8 +147,7 @@ type MultipathValues struct {
 	Scheduler   string `json:"scheduler"`
 	Checksum    bool   `json:"checksum"`
 	SYNRetries  int    `json:"syn_retries"`
-	// CongestionControl of the kernel is what the router's flows are sent with now:
-	// with auto, it changes.
+	// CongestionControl of the kernel is the choice that it lets flows follow.
 	CongestionControl string `json:"congestion_control"`
 }
 

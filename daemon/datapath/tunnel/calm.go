@@ -15,6 +15,9 @@ import (
 // module in some.
 const calmControl = "bbr"
 
+// eitherControl is the choice of the one or the other as it fits.
+const eitherControl = "auto"
+
 // calm says how the sessions of one router send: by which congestion control and
 // packet scheduler, and how that ranks their subflows. A flow looks here each time before it sends, so that a change costs nothing for
 // those that send nothing.
@@ -119,12 +122,12 @@ func (s *socket) setCongestionControl(name string) error {
 // with the one or the other as it fits.
 func (p *Pool) SetCongestionControl(name string) { p.calm.choose(name) }
 
-// CongestionControl is what the sessions send with now.
+// CongestionControl is the choice that the sessions really follow.
 func (p *Pool) CongestionControl() string {
-	if p.calm.wanted() {
-		return calmControl
+	if only := p.calm.chosenControl.Load(); only != nil {
+		return *only
 	}
-	return congestionControl
+	return eitherControl
 }
 
 // SetCongestionControl is Pool.SetCongestionControl for the sessions of one router.
@@ -137,19 +140,19 @@ func (v *Server) SetCongestionControl(key PublicKey, name string) (runs, reason 
 func (c *calm) choose(name string) (runs, reason string) {
 	switch name {
 	case congestionControl:
-		c.chosenControl.Store(&name)
 	case calmControl:
 		if err := tryCongestionControl(name); err != nil {
-			c.chosenControl.Store(nil)
-			return congestionControl, fmt.Sprintf("the kernel does not let us use %s: %v; load its module tcp_%s", name, err, name)
+			reason = fmt.Sprintf("the kernel does not let us use %s: %v; load its module tcp_%s", name, err, name)
+			name = congestionControl
+		} else {
+			c.missing.Store(false)
 		}
-		c.missing.Store(false)
-		c.chosenControl.Store(&name)
 	default:
-		name = "auto"
 		c.chosenControl.Store(nil)
+		return eitherControl, ""
 	}
-	return name, ""
+	c.chosenControl.Store(&name)
+	return name, reason
 }
 
 // tryCongestionControl asks the kernel whether a connection may have it.
