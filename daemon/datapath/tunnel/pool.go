@@ -54,6 +54,9 @@ const (
 	// that it lives.
 	checkTime = time.Second
 
+	// forgetAddress is how long what is known of an address is kept after no session
+	// has a subflow from there.
+	forgetAddress = time.Hour
 	// strandedTime is how long a session may have no subflow over a fit path, as
 	// long as clients wait for the tunnel.
 	strandedTime = 30 * time.Second
@@ -603,6 +606,12 @@ func (p *Pool) measure(now time.Time) {
 			}
 		}
 	}
+	// Addresses come and go for as long as the router runs.
+	maps.DeleteFunc(p.joined, func(_ netip.Addr, at time.Time) bool { return now.Sub(at) > forgetAddress })
+	maps.DeleteFunc(p.rtt, func(a netip.Addr, _ time.Duration) bool {
+		_, lately := p.joined[a]
+		return !lately && !slices.ContainsFunc(p.paths, func(path Path) bool { return path.has([]netip.Addr{a}) })
+	})
 	for _, s := range some {
 		if s.isStranded(now, stranded(p.paths, joined[s])) {
 			p.log.Warn("a session has no subflow over any uplink that works; ending it", "multipath", s.multipath, "busy", s.busy())
