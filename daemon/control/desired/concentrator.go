@@ -1,8 +1,6 @@
 package desired
 
-import (
-	"net/netip"
-)
+import "net/netip"
 
 // Concentrator is what the concentrator knows of its packet path.
 type Concentrator struct {

@@ -23,9 +23,8 @@ import (
 //	prerouting    to a forwarded UDP port: to the host in the LAN
 //	input         nothing but answers and ICMP
 //	forward       only to the LAN, and only what is asked for or forwarded
-
-// What comes out of the legs is answers for this machine, too, and is never
-// forwarded.
+//
+// What comes out of the legs is answers for this machine, and is never forwarded.
 
 // compileTable makes the router's table. Clients are diverted even when no
 // uplink is left: their connections then get a clear answer from the daemon.
