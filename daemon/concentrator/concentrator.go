@@ -97,18 +97,14 @@ func Run(ctx context.Context, c Config) error {
 	}
 	con := &Concentrator{store: store, server: tunnel.NewServer(store.Identity(), store, dial, c.Log)}
 	ports := egress.ForwardPolicy{Ports: c.ForwardPorts}
-	ports.Reserved = append(ports.Reserved, portsOf(listeners)...)
+	addresses := addressesOf(listeners)
+	ports.Reserved = append(ports.Reserved, portsOf(addresses)...)
 	con.packets = newPackets(c.Log, store, policy, ports, con.server.OpenInbound)
 	con.packets.calm, con.packets.schedule, con.packets.rank = con.server.SetCalm, con.server.SetScheduler, con.server.SetRanks
 	con.packets.control = con.server.SetCongestionControl
 	con.packets.legs = newLegs(c.Log, store, con.server.Beside)
 	if c.ConnectRouters {
 		con.packets.mutual = []netip.Prefix{Network4(), store.Network6()}
-	}
-	var addresses []netip.AddrPort
-	for _, l := range listeners {
-		address := l.Addr().(*net.TCPAddr).AddrPort()
-		addresses = append(addresses, netip.AddrPortFrom(address.Addr().Unmap().WithZone(""), address.Port()))
 	}
 	gateway, err := newGateway(ctx, c, store, con.packets, addresses)
 	if err != nil {
@@ -125,7 +121,7 @@ func Run(ctx context.Context, c Config) error {
 		work.Go(func() error { return gateway.run(ctx) })
 	}
 	work.Go(func() error { con.server.Serve(ctx, listeners...); return nil })
-	work.Go(func() error { tend(ctx, con.server, portsOf(listeners), c.Log); return nil })
+	work.Go(func() error { tend(ctx, con.server, portsOf(addresses), c.Log); return nil })
 	work.Go(func() error { con.server.ServeDatagrams(ctx, sockets...); return nil })
 	work.Go(func() error { return webui.Serve(ctx, socket, webui.NewConcentratorHandler(con, c.Log)) })
 	err = work.Wait()
@@ -157,6 +153,16 @@ func listen(ctx context.Context, addresses []string) ([]net.Listener, error) {
 		listeners = append(listeners, l)
 	}
 	return listeners, nil
+}
+
+// addressesOf are those where routers' sessions are accepted.
+func addressesOf(listeners []net.Listener) []netip.AddrPort {
+	var addresses []netip.AddrPort
+	for _, l := range listeners {
+		address := l.Addr().(*net.TCPAddr).AddrPort()
+		addresses = append(addresses, netip.AddrPortFrom(address.Addr().Unmap().WithZone(""), address.Port()))
+	}
+	return addresses
 }
 
 // listenPackets opens the UDP ports of the same numbers for datagrams.

@@ -3,7 +3,7 @@ package concentrator
 import (
 	"context"
 	"log/slog"
-	"net"
+	"net/netip"
 	"slices"
 	"sync"
 	"time"
@@ -87,10 +87,10 @@ func ends(list []tunnel.Ends) []kernel.Ends {
 }
 
 // portsOf are those that routers reach, each once.
-func portsOf(listeners []net.Listener) []uint16 {
+func portsOf(addresses []netip.AddrPort) []uint16 {
 	var ports []uint16
-	for _, l := range listeners {
-		ports = append(ports, uint16(l.Addr().(*net.TCPAddr).Port))
+	for _, a := range addresses {
+		ports = append(ports, a.Port())
 	}
 	slices.Sort(ports)
 	return slices.Compact(ports)

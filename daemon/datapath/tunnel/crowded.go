@@ -33,10 +33,8 @@ func (v *Server) Crowded() []Ends {
 		if !s.multipath || s.wire.outOfTree != nil {
 			continue
 		}
-		var info mptcpInfoHead
-		var inner error
-		err := s.wire.raw.Control(func(fd uintptr) { info, inner = readMPTCPInfo(fd) })
-		if cmp.Or(err, inner) != nil || info.SubflowsMax == 0 || info.Subflows < info.SubflowsMax {
+		info, err := s.wire.mptcpInfo()
+		if err != nil || info.SubflowsMax == 0 || info.Subflows < info.SubflowsMax {
 			continue
 		}
 		subflows, err := s.Subflows()

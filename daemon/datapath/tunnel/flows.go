@@ -243,10 +243,6 @@ func (s *Session) resetAccount() {
 
 // position asks how far an MPTCP connection has come.
 func (s *socket) position() (position, error) {
-	var info mptcpInfoHead
-	var inner error
-	err := s.raw.Control(func(fd uintptr) {
-		info, inner = readMPTCPInfo(fd)
-	})
-	return position{info.WriteSeq, info.SndUna, info.Next}, cmp.Or(err, inner)
+	info, err := s.mptcpInfo()
+	return position{info.WriteSeq, info.SndUna, info.Next}, err
 }

@@ -119,14 +119,12 @@ func (s *Session) settle() error {
 	if !s.multipath || s.wire.outOfTree != nil {
 		return nil
 	}
-	var info mptcpInfoHead
-	var inner error
-	err := s.wire.raw.Control(func(fd uintptr) { info, inner = readMPTCPInfo(fd) })
-	if errors.Is(inner, unix.EOPNOTSUPP) || errors.Is(inner, unix.ENOPROTOOPT) { // by the family of addresses
-		s.multipath, inner = false, nil
+	info, err := s.wire.mptcpInfo()
+	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.ENOPROTOOPT) { // by the family of addresses
+		s.multipath, err = false, nil
 	}
 	s.token = info.Token
-	return errors.Join(err, inner)
+	return err
 }
 
 // Done is closed when the session has ended.

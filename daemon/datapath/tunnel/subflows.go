@@ -245,7 +245,13 @@ type mptcpInfoHead struct {
 	WriteSeq, SndUna, Next uint64
 }
 
-// readMPTCPInfo reads the state of an MPTCP connection.
+// mptcpInfo reads the state of the connection, which is one of MPTCP.
+func (s *socket) mptcpInfo() (info mptcpInfoHead, err error) {
+	controlErr := s.raw.Control(func(fd uintptr) { info, err = readMPTCPInfo(fd) })
+	return info, cmp.Or(controlErr, err)
+}
+
+// readMPTCPInfo is mptcpInfo for who has the descriptor.
 func readMPTCPInfo(fd uintptr) (info mptcpInfoHead, err error) {
 	length := uint32(unsafe.Sizeof(info))
 	_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, fd, solMPTCP, mptcpInfo,
