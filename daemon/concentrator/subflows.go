@@ -2,6 +2,7 @@ package concentrator
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"net/netip"
 	"slices"
@@ -63,10 +64,8 @@ func tend(ctx context.Context, server *tunnel.Server, ports []uint16, log *slog.
 		case <-tick.C:
 			if crowded := server.Crowded(); len(crowded) > 0 {
 				for _, port := range ports {
-					_, e := k.AbortSubflows(port, ends(crowded))
-					if err == nil {
-						err = e
-					}
+					_, failure := k.AbortSubflows(port, ends(crowded))
+					err = errors.Join(err, failure)
 				}
 			}
 		}

@@ -267,8 +267,7 @@ func (r *Router) want() (desired.State, error) {
 	r.uplinks = statuses
 	tunnel := r.packets.state()
 	tunnel.Flows = r.flows.Load() > 0 || r.inbound.Busy()
-	judged := r.silence.apply(r.revision.Settings, statuses)
-	set, _ := r.effective(r.revision.Settings, judged)
+	judged, set, _ := r.judge(r.revision.Settings, statuses)
 	return desired.Compile(set, judged, uplink.Networks(lan), tunnel), nil
 }
 
@@ -293,11 +292,18 @@ func (r *Router) reconciled(p reconcile.Pass) {
 		r.handed.Add(1)
 		r.setPeer()
 	}
-	judged := r.silence.apply(set, statuses)
-	set, dialled := r.effective(set, judged)
+	judged, set, dialled := r.judge(set, statuses)
 	r.pool.SetPaths(sessionPaths(dialled, judged))
 	r.packets.setPaths(paths(set, statuses), sessionPaths(set, statuses))
 	r.subflows.kick()
+}
+
+// judge gives the uplinks as the tunnel's own traffic finds them, and the effective
+// settings by that.
+func (r *Router) judge(set settings.Settings, statuses []uplink.Status) (judged []uplink.Status, now, dialled settings.Settings) {
+	judged = r.silence.apply(set, statuses)
+	now, dialled = r.effective(set, judged)
+	return judged, now, dialled
 }
 
 // ways are those that subflows may take now, and what the settings want of them.
@@ -305,8 +311,7 @@ func (r *Router) ways() (settings.Multipath, []desired.Way) {
 	r.mu.Lock()
 	set, statuses := r.revision.Settings, r.uplinks
 	r.mu.Unlock()
-	judged := r.silence.apply(set, statuses)
-	set, _ = r.effective(set, judged)
+	judged, set, _ := r.judge(set, statuses)
 	return set.Multipath, desired.Ways(set, judged, r.pool.Ranking())
 }
 
