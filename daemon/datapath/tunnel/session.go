@@ -77,6 +77,8 @@ type Session struct {
 	ranked    time.Time
 	window    window
 
+	room room // only the reading goroutine uses it
+
 	writing sync.Mutex // held while records are written, and guards a flow's sent marks
 
 	flow     atomic.Pointer[flow]
@@ -310,7 +312,9 @@ func (s *Session) readAvailable(p []byte) (n int, err error) {
 		n += m
 	}
 	if n > 0 {
-		s.heard.Store(time.Now().UnixNano())
+		now := time.Now()
+		s.heard.Store(now.UnixNano())
+		s.keepRoom(now, n)
 	}
 	return n, err
 }
