@@ -174,7 +174,7 @@ type room struct {
 	flow   *flow
 	looked time.Time
 	read   int // bytes since
-	bytes  int // as it was set
+	bytes  int // as it was set; 0: as the socket had it at first
 }
 
 // take counts what was read of a flow. It says what the room is to be, and whether
@@ -183,7 +183,7 @@ type room struct {
 func (r *room) take(now time.Time, f *flow, bytes int) (most int, set bool) {
 	if r.flow != f {
 		set = r.bytes > receiveBuffer
-		*r = room{flow: f, looked: now, bytes: receiveBuffer}
+		*r = room{flow: f, looked: now}
 		return receiveBuffer, set
 	}
 	r.read += bytes
@@ -193,7 +193,7 @@ func (r *room) take(now time.Time, f *flow, bytes int) (most int, set bool) {
 	}
 	wanted := int(min(float64(r.read)*float64(roomTime)/float64(elapsed), mostWindow))
 	r.looked, r.read = now, 0
-	if float64(wanted) < float64(r.bytes)*(1+windowChange) {
+	if float64(wanted) < float64(max(r.bytes, receiveBuffer))*(1+windowChange) {
 		return r.bytes, false
 	}
 	r.bytes = wanted
