@@ -35,6 +35,8 @@ func Observe(interfaces []string) (Observation, error) {
 			Index:   a.Index,
 			Up:      a.RawFlags&unix.IFF_UP != 0,
 			Carrier: a.RawFlags&unix.IFF_UP != 0 && a.RawFlags&unix.IFF_RUNNING != 0,
+
+			PointToPoint: a.RawFlags&unix.IFF_POINTOPOINT != 0,
 		}
 		if a.Statistics != nil {
 			link.ReceivedBytes, link.SentBytes = a.Statistics.RxBytes, a.Statistics.TxBytes

@@ -127,6 +127,17 @@ func TestObserve(t *testing.T) {
 	if _, got2, _ = judge(); got2 != wan2Absent {
 		t.Errorf("got  %s\nwant %s", got2, wan2Absent)
 	}
+
+	// A tunnel, of which the other end is the gateway.
+	tunnel := &netlink.Tuntap{LinkAttrs: netlink.LinkAttrs{Name: "wan2"}, Mode: netlink.TUNTAP_MODE_TUN,
+		Flags: netlink.TUNTAP_NO_PI | netlink.TUNTAP_ONE_QUEUE, NonPersist: true, Queues: 1}
+	must(t, netlink.LinkAdd(tunnel))
+	defer func() { _ = tunnel.Fds[0].Close() }()
+	must(t, netlink.LinkSetUp(tunnel))
+	addAddress(t, tunnel, "10.99.0.2/30")
+	if _, got2, _ = judge(); got2 != "wan2: [10.99.0.2/30] via [0.0.0.0]" {
+		t.Errorf("a tunnel: %s", got2)
+	}
 }
 
 // TestObserveTentative: an address that is still being checked is not used yet.
