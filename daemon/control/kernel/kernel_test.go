@@ -479,6 +479,21 @@ ip mptcp endpoint add 10.1.0.2 dev wan1 subflow: another program holds the MPTCP
 	}
 }
 
+// TestRestorable: an interface that is gone has nothing to be put back.
+func TestRestorable(t *testing.T) {
+	enter(t)
+	k := open(t)
+	changes := k.Restorable([]desired.Change{
+		desired.SetSysctl{Path: "ipv4/ip_forward", Value: "0"},
+		desired.SetSysctl{Path: "ipv4/conf/gone/forwarding", Value: "1"},
+		desired.SetSysctl{Path: "ipv4/conf/lo/forwarding", Value: "1"},
+	})
+	if got := fmt.Sprint(changes); got != "[sysctl net.ipv4.ip_forward=0 sysctl net.ipv4.conf.lo.forwarding=1]" {
+		t.Error(got)
+	}
+	must(t, k.Apply(ctx, changes))
+}
+
 // TestErrorsNameTheChange: the kernel's refusal comes with what was tried.
 func TestErrorsNameTheChange(t *testing.T) {
 	enter(t)

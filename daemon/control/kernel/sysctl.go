@@ -50,6 +50,19 @@ func (k *Kernel) readSysctl(path string) (value string, exists bool, err error) 
 	return strings.TrimSpace(string(text)), true, nil
 }
 
+// Restorable leaves out the sysctls of interfaces that are gone, and their sysctls
+// with them.
+func (k *Kernel) Restorable(changes []desired.Change) []desired.Change {
+	return slices.DeleteFunc(changes, func(c desired.Change) bool {
+		set, is := c.(desired.SetSysctl)
+		if !is || !strings.Contains(set.Path, "/conf/") {
+			return false
+		}
+		_, exists, err := k.readSysctl(set.Path)
+		return err == nil && !exists
+	})
+}
+
 // readMPTCPSysctls returns those of these names below net.mptcp that the kernel has.
 func (k *Kernel) readMPTCPSysctls(names []string) (map[string]string, error) {
 	values := map[string]string{}
