@@ -16,9 +16,9 @@ import (
 // The path of the decision to end subflows here, which the routers open:
 //
 //	a subflow came or went ─▶ closed while its session lives: kernel.AbortClosed
-//	every second ───────────▶ no room for another: Server.Crowded ─▶ kernel.AbortSubflows
+//	every second ───────────▶ given up by the router: Server.Tend ─▶ kernel.AbortSubflows
 const (
-	crowdedEvery = time.Second
+	tendEvery = time.Second
 	// closedSettle gathers subflows that are closed together.
 	closedSettle = 200 * time.Millisecond
 )
@@ -50,7 +50,7 @@ func tend(ctx context.Context, server *tunnel.Server, ports []uint16, log *slog.
 			log.Warn(notTended, "error", err)
 		}
 	})
-	tick := time.NewTicker(crowdedEvery)
+	tick := time.NewTicker(tendEvery)
 	defer tick.Stop()
 	failed := ""
 	for {
@@ -61,10 +61,10 @@ func tend(ctx context.Context, server *tunnel.Server, ports []uint16, log *slog.
 		case <-woken:
 			time.Sleep(closedSettle)
 			_, err = k.AbortClosed(server.Tokens)
-		case <-tick.C:
-			if crowded := server.Crowded(); len(crowded) > 0 {
+		case now := <-tick.C:
+			if gone := server.Tend(now); len(gone) > 0 {
 				for _, port := range ports {
-					_, failure := k.AbortSubflows(port, ends(crowded))
+					_, failure := k.AbortSubflows(port, ends(gone))
 					err = errors.Join(err, failure)
 				}
 			}

@@ -3,6 +3,7 @@ package deploy
 import (
 	"fmt"
 	"reflect"
+	"strings"
 	"testing"
 	"time"
 
@@ -19,6 +20,52 @@ func TestFaults(t *testing.T) {
 	t.Logf("%+v", result)
 	if result.Transfers < 10 {
 		t.Errorf("only %d transfers were complete", result.Transfers)
+	}
+}
+
+// TestForgottenSubflow: where the word got lost that an address is no more, the
+// concentrator finds out by itself, within seconds of the new one's first subflow.
+func TestForgottenSubflow(t *testing.T) {
+	w := up(t)
+	time.Sleep(12 * time.Second) // a session's beginning explains new subflows
+	changed := w.Lab.Uplinks[0]
+	old := changed.Address()
+	held := func() (n int) {
+		t.Helper()
+		open, _, err := tunnelSockets(w.Lab.Cloud)
+		w.need(err)
+		for socket, number := range open {
+			if strings.HasPrefix(socket, old+" ") {
+				n += number
+			}
+		}
+		return n
+	}
+	before := held()
+	t.Cleanup(func() { w.must(changed.SetAddress(2)) })
+	for _, u := range w.Lab.Uplinks[1:] {
+		w.need(u.BlackHole(true))
+	}
+	w.need(changed.SetAddress(77))
+	time.Sleep(300 * time.Millisecond)
+	for _, u := range w.Lab.Uplinks[1:] {
+		w.need(u.BlackHole(false))
+	}
+	w.need(w.WaitUp())
+	lost := held()
+	if lost == 0 {
+		t.Fatalf("of %d subflows from %s the word did not get lost", before, old)
+	}
+	const patience = 60 * time.Second // without asking it takes minutes
+	for begin := time.Now(); ; time.Sleep(200 * time.Millisecond) {
+		n := held()
+		if n == 0 {
+			t.Logf("%d of %d subflows were forgotten, until %.1f s later", lost, before, time.Since(begin).Seconds())
+			return
+		}
+		if time.Since(begin) > patience {
+			t.Fatalf("the concentrator has %d subflows from %s after %v", n, old, patience)
+		}
 	}
 }
 

@@ -219,10 +219,8 @@ func (s Storm) Run(ctx context.Context, d *Deployment) (StormResult, error) {
 	for _, operator := range []bool{false, true} {
 		faults.Go(func() { r.inflict(ctx, plan, operator) })
 	}
-	ended, end := context.WithTimeout(ctx, s.Duration)
-	defer end()
 	for i := range s.Transfers {
-		transfers.Go(func() { r.transfers(ended, rand.New(rand.NewPCG(s.Seed, 1+uint64(i)))) })
+		transfers.Go(func() { r.transfers(ctx, rand.New(rand.NewPCG(s.Seed, 1+uint64(i)))) })
 	}
 	faults.Wait()
 	calm := time.Now()
@@ -402,16 +400,16 @@ func (r *stormRun) putBack(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// transfers transfers one thing after the other until the context ends.
+// transfers transfers one thing after the other until the storm ends. What has begun
+// is to end well, also after it.
 func (r *stormRun) transfers(ctx context.Context, random *rand.Rand) {
-	for ctx.Err() == nil {
+	for ctx.Err() == nil && time.Since(r.begin) < r.Duration {
 		t := stormTransfer{
 			Upload: random.IntN(2) == 0,
 			Size:   int64(minTransfer * math.Pow(maxTransfer/minTransfer, random.Float64())),
 			Seed:   random.Uint64(),
 		}
-		// What has begun is to end well, also after the storm.
-		err := r.transfer(context.WithoutCancel(ctx), t)
+		err := r.transfer(ctx, t)
 		r.fail(t.String(), err)
 		r.mu.Lock()
 		if err == nil {
@@ -450,13 +448,14 @@ func (t stormTransfer) content() io.Reader {
 }
 
 func (r *stormRun) transfer(ctx context.Context, t stormTransfer) error {
-	ctx, cancel := context.WithTimeout(ctx, stormPatience)
+	dialling, cancel := context.WithTimeout(ctx, stormPatience)
 	defer cancel()
-	c, err := r.Lab.LAN.Dial(ctx, "tcp", r.server())
+	c, err := r.Lab.LAN.Dial(dialling, "tcp", r.server())
 	if err != nil {
 		return err
 	}
 	defer func() { _ = c.Close() }()
+	defer context.AfterFunc(ctx, func() { _ = c.Close() })()
 	if err := c.SetDeadline(time.Now().Add(stormPatience)); err != nil {
 		return err
 	}
@@ -588,7 +587,7 @@ func (r *stormRun) leftOver(before string) error {
 			total += n
 		}
 		if total != subflows {
-			return fmt.Errorf("the %d sessions, and %d for packets, have %d subflows, and %s has %d TCP sockets of the tunnel, by the router's address %v",
+			return fmt.Errorf("the %d sessions, and %d for packets, have %d subflows, and %s has %d TCP sockets of the tunnel, by the router's address and /proc/net/tcp's state %v",
 				status.Concentrator.Sessions, status.Packets.StreamSessions, subflows, h.Name, total, open)
 		}
 		r.result.Closing += closing
@@ -599,9 +598,9 @@ func (r *stormRun) leftOver(before string) error {
 // tunnelSockets counts the TCP sockets of a Host with the concentrator's port at
 // either end: the open ones by the address at the other end, the router's, and
 // those that are closing.
-func tunnelSockets(h *netlab.Host) (open map[netip.Addr]int, closing int, err error) {
+func tunnelSockets(h *netlab.Host) (open map[string]int, closing int, err error) {
 	port := fmt.Sprintf(":%04X", concentratorPort)
-	open = map[netip.Addr]int{}
+	open = map[string]int{}
 	err = h.Do(func() error {
 		for _, path := range []string{"/proc/thread-self/net/tcp", "/proc/thread-self/net/tcp6"} {
 			text, err := os.ReadFile(path)
@@ -626,7 +625,7 @@ func tunnelSockets(h *netlab.Host) (open map[netip.Addr]int, closing int, err er
 					if err != nil {
 						return fmt.Errorf("%s: %q: %w", path, line, err)
 					}
-					open[address]++
+					open[fmt.Sprintf("%s state %s", address, f[3])]++
 				}
 			}
 		}
