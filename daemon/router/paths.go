@@ -15,8 +15,8 @@ import (
 	"sheaf/daemon/datapath/tunnel"
 )
 
-// The path of a session's subflows, when it was opened with path manager
-// ndiffports or binder:
+// The path of a session's subflows, when it was opened with path manager default,
+// ndiffports or binder, or with fullmesh to a concentrator of several addresses:
 //
 //	a session is there ────────────────┐
 //	a subflow came or went ────────────┤
@@ -53,6 +53,7 @@ type joinKey struct {
 	session *tunnel.Session
 	source  netip.Addr
 	ports   desired.Ports
+	remote  netip.AddrPort
 }
 
 // joined is when and how often in a row a way was tried.
@@ -155,7 +156,7 @@ func (s *subflows) pass(now time.Time) (again time.Duration) {
 				have = append(have, f)
 			}
 		}
-		key := func(w desired.Way) joinKey { return joinKey{one.Session, w.Source, w.Ports} }
+		key := func(w desired.Way) joinKey { return joinKey{one.Session, w.Source, w.Ports, w.Remote} }
 		changes := desired.DiffSubflows(multipath, ways, have, remote, func(w desired.Way) bool {
 			wait := s.tried[key(w)].until.Sub(now)
 			if wait > 0 {
@@ -208,7 +209,7 @@ func (s *subflows) forget(ways []desired.Way) {
 	for key := range s.tried {
 		there := false
 		for _, w := range ways {
-			there = there || w.Source == key.source && w.Ports == key.ports
+			there = there || w.Source == key.source && w.Ports == key.ports && w.Remote == key.remote
 		}
 		select {
 		case <-key.session.Done():

@@ -32,22 +32,26 @@ func TestKernelPathManager(t *testing.T) {
 	single := &desired.MPTCP{Endpoints: make([]desired.Endpoint, 2)}
 	for _, c := range []struct {
 		want      settings.PathManager
+		mesh      bool
 		userspace bool
 		held      *desired.MPTCP
 		got       settings.PathManager
 	}{
-		{settings.PathManagerFullmesh, false, meshed, settings.PathManagerFullmesh},
-		{settings.PathManagerFullmesh, false, empty, settings.PathManagerDefault},
-		{settings.PathManagerFullmesh, true, meshed, settings.PathManagerNetlink}, // somebody has changed it
-		{settings.PathManagerDefault, false, single, settings.PathManagerDefault},
-		{settings.PathManagerBinder, true, meshed, settings.PathManagerBinder},
-		{settings.PathManagerNdiffports, false, meshed, settings.PathManagerFullmesh}, // the kernel cannot, or not yet
-		{settings.PathManagerNetlink, false, empty, settings.PathManagerNetlink},
-		{settings.PathManagerNetlink, false, meshed, settings.PathManagerFullmesh}, // while flows are open
-		{settings.PathManagerFullmesh, false, nil, settings.PathManagerDefault},
+		{settings.PathManagerFullmesh, false, false, meshed, settings.PathManagerFullmesh},
+		{settings.PathManagerFullmesh, false, false, empty, settings.PathManagerDefault},
+		{settings.PathManagerFullmesh, false, true, meshed, settings.PathManagerNetlink},  // somebody has changed it
+		{settings.PathManagerFullmesh, true, true, meshed, settings.PathManagerFullmesh},  // to several addresses
+		{settings.PathManagerFullmesh, true, false, meshed, settings.PathManagerFullmesh}, // not yet
+		{settings.PathManagerNetlink, true, true, meshed, settings.PathManagerNetlink},
+		{settings.PathManagerDefault, false, false, single, settings.PathManagerDefault},
+		{settings.PathManagerBinder, false, true, meshed, settings.PathManagerBinder},
+		{settings.PathManagerNdiffports, false, false, meshed, settings.PathManagerFullmesh}, // the kernel cannot, or not yet
+		{settings.PathManagerNetlink, false, false, empty, settings.PathManagerNetlink},
+		{settings.PathManagerNetlink, false, false, meshed, settings.PathManagerFullmesh}, // while flows are open
+		{settings.PathManagerFullmesh, false, false, nil, settings.PathManagerDefault},
 	} {
-		if got := kernelPathManager(c.want, c.userspace, c.held); got != c.got {
-			t.Errorf("%s wanted, userspace %t, %+v: %s, want %s", c.want, c.userspace, c.held, got, c.got)
+		if got := kernelPathManager(c.want, c.mesh, c.userspace, c.held); got != c.got {
+			t.Errorf("%s wanted, mesh %t, userspace %t, %+v: %s, want %s", c.want, c.mesh, c.userspace, c.held, got, c.got)
 		}
 	}
 }

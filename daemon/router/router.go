@@ -70,10 +70,13 @@ type Router struct {
 	pool   *tunnel.Pool
 	meter  meter
 
-	// Which MPTCP the kernel has and the schedulers it lists, as kernel.Info says;
-	// they do not change.
+	// Which MPTCP the kernel has, the schedulers it lists, and whether it lets us
+	// manage paths, as kernel.Info says; they do not change.
 	mptcp      string
 	schedulers []string
+	userspace  bool
+	// mesh, if set, are the concentrator's ends that path manager fullmesh leads to.
+	mesh atomic.Pointer[[]netip.AddrPort]
 
 	packets  *packets
 	inbound  *tunnel.Inbound
@@ -150,6 +153,7 @@ func Run(ctx context.Context, c Config) (err error) {
 		return err
 	}
 	r.mptcp, r.schedulers = info.MPTCP, info.Schedulers
+	_, r.userspace = info.Sysctls["pm_type"]
 	r.setPeer()
 	r.setWishes()
 	r.events.add(time.Now(), webui.Event{Kind: "daemon", Text: fmt.Sprintf("sheafd %s has started with settings revision %d", c.Version, r.revision.Number)})
@@ -194,7 +198,7 @@ func Run(ctx context.Context, c Config) (err error) {
 
 // clean takes our rules away, but for what keeps blocked clients blocked.
 func (r *Router) clean(ctx context.Context) error {
-	s := r.current().Settings
+	s, _ := r.effective(r.current().Settings, nil)
 	lan, err := uplink.Observe(s.LAN.Interfaces)
 	if err != nil {
 		return err
@@ -210,7 +214,7 @@ func restore(ctx context.Context, k *kernel.Kernel, st *state, stay desired.Stat
 		return err
 	}
 	// Forwarding ends before the rules do.
-	if err := errors.Join(k.Apply(ctx, desired.Restore(before)), k.CleanTo(ctx, stay)); err != nil {
+	if err := errors.Join(k.Apply(ctx, k.Restorable(desired.Restore(before))), k.CleanTo(ctx, stay)); err != nil {
 		return err
 	}
 	return st.forgetSysctls()
@@ -312,7 +316,11 @@ func (r *Router) ways() (settings.Multipath, []desired.Way) {
 	set, statuses := r.revision.Settings, r.uplinks
 	r.mu.Unlock()
 	judged, set, _ := r.judge(set, statuses)
-	return set.Multipath, desired.Ways(set, judged, r.pool.Ranking())
+	ways := desired.Ways(set, judged, r.pool.Ranking())
+	if mesh := r.mesh.Load(); mesh != nil && set.Multipath.PathManager == settings.PathManagerMesh {
+		ways = desired.Mesh(ways, *mesh)
+	}
+	return set.Multipath, ways
 }
 
 // paths are the uplinks that may carry now.
@@ -392,6 +400,7 @@ func (r *Router) setPeer() {
 	r.mu.Lock()
 	e, s := r.enrolled, r.revision.Settings
 	r.mu.Unlock()
+	r.mesh.Store(r.meshOf(e))
 	s, _ = r.effective(s, nil)
 	var peer *tunnel.Peer
 	if e != nil {
@@ -409,6 +418,27 @@ func (r *Router) setPeer() {
 	}
 	r.pool.SetPeer(peer)
 	r.packets.setPeer(peer)
+}
+
+// meshOf are the concentrator's ends for path manager fullmesh, if that is more than
+// the kernel does by itself: when it has several addresses of one family, as far as
+// they are given as such and not by name.
+func (r *Router) meshOf(e *enrolment) *[]netip.AddrPort {
+	if e == nil || !r.userspace {
+		return nil
+	}
+	var list []netip.AddrPort
+	families := map[bool]int{}
+	for _, text := range e.Addresses {
+		if a, err := netip.ParseAddrPort(text); err == nil && !slices.Contains(list, a) {
+			list = append(list, a)
+			families[a.Addr().Is4()]++
+		}
+	}
+	if max(families[false], families[true]) < 2 {
+		return nil
+	}
+	return &list
 }
 
 // setWishes tells the packet path what the settings say of it.
@@ -592,6 +622,11 @@ func (r *Router) join(ctx context.Context, text string) (enrolment, error) {
 	r.mu.Lock()
 	r.enrolled = &e
 	r.mu.Unlock()
+	if r.mesh.Store(r.meshOf(&e)); r.mesh.Load() != nil {
+		syncing, cancel := context.WithTimeout(ctx, syncTime)
+		_ = r.loop.Sync(syncing) // what failed is logged there
+		cancel()
+	}
 	r.setPeer()
 	r.events.add(time.Now(), webui.Event{Kind: "concentrator", Text: "joined as " + e.Router + ", key " + e.Key.Fingerprint()})
 	r.log.Info("joined", "as", e.Router, "concentrator", e.Addresses, "key", e.Key.Fingerprint())

@@ -188,7 +188,7 @@ func TestMultipathAsTheKernelHasIt(t *testing.T) {
 	info := kernel.Info{MPTCP: kernel.OutOfTree, Schedulers: []string{"default"}, Sysctls: map[string]string{
 		"mptcp_enabled": "2", "mptcp_path_manager": "fullmesh", "mptcp_scheduler": "default", "mptcp_checksum": "1", "mptcp_syn_retries": "3",
 	}}
-	m := describeMultipath(want, info, desired.State{})
+	m := describeMultipath(want, false, info, desired.State{})
 	if m.Kernel != (webui.MultipathValues{Enabled: true, PathManager: "fullmesh", Scheduler: "default", Checksum: true, SYNRetries: 3}) {
 		t.Errorf("%+v", m.Kernel)
 	}
@@ -197,11 +197,11 @@ func TestMultipathAsTheKernelHasIt(t *testing.T) {
 		value  string
 	}{{true, "0"}, {false, "1"}} {
 		want.Enabled, info.Sysctls["mptcp_enabled"] = c.wanted, c.value
-		if describeMultipath(want, info, desired.State{}).Kernel.Enabled {
+		if describeMultipath(want, false, info, desired.State{}).Kernel.Enabled {
 			t.Errorf("%+v: our sockets have no MPTCP", c)
 		}
 	}
-	if m := describeMultipath(want, kernel.Info{MPTCP: kernel.NoMPTCP}, desired.State{}); m.Kernel.Enabled || m.Kernel.PathManager != "default" {
+	if m := describeMultipath(want, false, kernel.Info{MPTCP: kernel.NoMPTCP}, desired.State{}); m.Kernel.Enabled || m.Kernel.PathManager != "default" {
 		t.Errorf("none: %+v", m.Kernel)
 	}
 }

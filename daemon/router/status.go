@@ -114,7 +114,7 @@ func (r *Router) Status(ctx context.Context) (webui.Status, error) {
 	s.DNS = describeDNS(desired.Resolver(revision.Settings, statuses, r.packets.state()))
 	s.Tunnel = describeTunnel(revision.Settings, s.Uplinks, pool, single)
 	s.Tunnel.Flows, s.Tunnel.DirectFlows = int(r.flows.Load()), r.direct.count()
-	s.Multipath = describeMultipath(revision.Settings.Multipath, info, held)
+	s.Multipath = describeMultipath(revision.Settings.Multipath, r.mesh.Load() != nil, info, held)
 	s.Multipath.Kernel.CongestionControl = r.pool.CongestionControl()
 	s.Multipath.SchedulerNote = r.note(revision.Settings)
 	s.Multipath.Concentrator = r.packets.farMultipath()
@@ -242,7 +242,7 @@ func describeTunnel(s settings.Settings, uplinks []webui.UplinkStatus, pool tunn
 	return webui.TunnelStatus{State: "up"}
 }
 
-func describeMultipath(want settings.Multipath, info kernel.Info, held desired.State) webui.MultipathStatus {
+func describeMultipath(want settings.Multipath, mesh bool, info kernel.Info, held desired.State) webui.MultipathStatus {
 	m := webui.MultipathStatus{
 		Wanted: webui.MultipathValues{Enabled: want.Enabled, PathManager: string(want.PathManager),
 			Scheduler: want.Scheduler, Checksum: want.Checksum, SYNRetries: want.SYNRetries,
@@ -272,15 +272,16 @@ func describeMultipath(want settings.Multipath, info kernel.Info, held desired.S
 			m.AvailablePathManagers = append(m.AvailablePathManagers, string(p))
 		}
 	}
-	m.Kernel.PathManager = string(kernelPathManager(want.PathManager, userspace == "1", held.MPTCP))
+	m.Kernel.PathManager = string(kernelPathManager(want.PathManager, mesh, userspace == "1", held.MPTCP))
 	return m
 }
 
-// kernelPathManager is the path manager that what the kernel holds amounts to.
-func kernelPathManager(want settings.PathManager, userspace bool, held *desired.MPTCP) settings.PathManager {
+// kernelPathManager is the path manager that what the kernel holds amounts to. mesh
+// says that fullmesh is the daemon's.
+func kernelPathManager(want settings.PathManager, mesh, userspace bool, held *desired.MPTCP) settings.PathManager {
 	endpoints := held != nil && len(held.Endpoints) > 0
 	switch {
-	case userspace && want.Userspace():
+	case userspace && (want.Userspace() || mesh && want == settings.PathManagerFullmesh):
 		return want // which of these only the daemon knows
 	case userspace || want == settings.PathManagerNetlink && !endpoints:
 		return settings.PathManagerNetlink

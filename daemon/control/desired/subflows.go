@@ -28,6 +28,8 @@ type Way struct {
 	Ports     Ports // that lead there; all, unless another uplink has the address too
 	Interface Interface
 	Backup    bool
+	// Remote is the concentrator's end to take it to; invalid: that of the session.
+	Remote netip.AddrPort
 }
 
 // Ways are those that subflows may take, best first as by Tunnel.Ranking, and
@@ -54,9 +56,30 @@ func (b bestUplinks) ways(s settings.Settings) []Way {
 	return ways
 }
 
+// Mesh is each way to each of the concentrator's addresses of its family: as many as
+// a session may have subflows, each way to the first address before any to the next.
+func Mesh(ways []Way, remotes []netip.AddrPort) (mesh []Way) {
+	for _, remote := range remotes {
+		for _, way := range ways {
+			if way.Remote = remote; way.Source.Is4() == remote.Addr().Is4() && len(mesh) < MaxEndpoints {
+				mesh = append(mesh, way)
+			}
+		}
+	}
+	return mesh
+}
+
 // takes says whether what leaves from an address and port takes the way.
 func (w Way) takes(local netip.AddrPort) bool {
 	return w.Source == local.Addr() && w.Ports.Contains(local.Port())
+}
+
+// to is the concentrator's end of the way for a session.
+func (w Way) to(session netip.AddrPort) netip.AddrPort {
+	if w.Remote.IsValid() {
+		return w.Remote
+	}
+	return session
 }
 
 // Subflow is one TCP connection of a session.
@@ -127,7 +150,7 @@ func (c SetSubflowBackup) String() string {
 
 // DiffSubflows says how one session comes to the subflows that it should have:
 // with default one; with ndiffports as many as the settings say, over one uplink
-// and from as many ports; with binder and fullmesh one over every way. With
+// and from as many ports; with binder and mesh one over every way. With
 // netlink nothing is ours to change. mayOpen says over which ways opening may be
 // tried now.
 //
@@ -141,11 +164,13 @@ func DiffSubflows(m settings.Multipath, ways []Way, have []Subflow, remote netip
 	case !m.Enabled:
 		m.PathManager = settings.PathManagerDefault
 	}
-	ways = slices.DeleteFunc(slices.Clone(ways), func(w Way) bool { return w.Source.Is4() != remote.Addr().Is4() })
+	ways = slices.DeleteFunc(slices.Clone(ways), func(w Way) bool {
+		return w.Source.Is4() != remote.Addr().Is4() || w.to(remote).Addr().Is4() != remote.Addr().Is4()
+	})
 	on := make([][]Subflow, len(ways))
 	var closing []SubflowChange
 	for _, f := range have {
-		if at := wayOf(ways, f.Local); at >= 0 {
+		if at := wayOf(ways, f); at >= 0 {
 			on[at] = append(on[at], f)
 		} else {
 			closing = append(closing, CloseSubflow{f, !slices.ContainsFunc(ways, func(w Way) bool { return w.Source == f.Local.Addr() })})
@@ -174,7 +199,7 @@ func DiffSubflows(m settings.Multipath, ways []Way, have []Subflow, remote netip
 				}
 			}
 		}
-		id := idOf(way, on[i])
+		id := idOf(way, have, opening)
 		for range n - len(on[i]) {
 			if !mayOpen(way) {
 				break
@@ -183,7 +208,7 @@ func DiffSubflows(m settings.Multipath, ways []Way, have []Subflow, remote netip
 				id = freeID(way, taken)
 				taken[id] = true
 			}
-			opening = append(opening, OpenSubflow{way, remote, id})
+			opening = append(opening, OpenSubflow{way, way.to(remote), id})
 		}
 	}
 	if !carries && (joins || len(opening) > 0) {
@@ -237,22 +262,32 @@ func wantedOn(m settings.Multipath, ways []Way, on [][]Subflow) []int {
 }
 
 // wayOf is the place of the way that a subflow takes, or -1. One from a port of
-// no uplink takes the first way that has its address.
-func wayOf(ways []Way, local netip.AddrPort) int {
-	if at := slices.IndexFunc(ways, func(w Way) bool { return w.takes(local) }); at >= 0 {
-		return at
+// no uplink takes the first way that has its address, and one to an address of the
+// concentrator that no way leads to the first that it takes otherwise.
+func wayOf(ways []Way, f Subflow) int {
+	for _, takes := range []func(Way) bool{
+		func(w Way) bool { return w.takes(f.Local) && w.Remote == f.Remote },
+		func(w Way) bool { return w.takes(f.Local) },
+		func(w Way) bool { return w.Source == f.Local.Addr() && !uplink.Allotted(f.Local.Port()) },
+	} {
+		if at := slices.IndexFunc(ways, takes); at >= 0 {
+			return at
+		}
 	}
-	if uplink.Allotted(local.Port()) {
-		return -1
-	}
-	return slices.IndexFunc(ways, func(w Way) bool { return w.Source == local.Addr() })
+	return -1
 }
 
-// idOf is the id that a way's address has in the session, 0 if none.
-func idOf(way Way, on []Subflow) uint8 {
-	for _, f := range on {
-		if f.ID != 0 && f.Local.Addr() == way.Source {
+// idOf is the id that a way's address has in the session, or is about to have; 0 if
+// none.
+func idOf(way Way, have []Subflow, opening []SubflowChange) uint8 {
+	for _, f := range have {
+		if f.ID != 0 && way.takes(f.Local) {
 			return f.ID
+		}
+	}
+	for _, c := range opening {
+		if open := c.(OpenSubflow); open.Way.Source == way.Source && open.Way.Ports == way.Ports {
+			return open.ID
 		}
 	}
 	return 0

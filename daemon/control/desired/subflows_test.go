@@ -12,15 +12,18 @@ import (
 	"sheaf/daemon/datapath/uplink"
 )
 
-// parseWay reads "dsl 10.1.0.2", with "backup", "sport=100-199" and "later" for
-// one over which nothing may be opened now.
+// parseWay reads "dsl 10.1.0.2", with "backup", "sport=100-199", "to=192.0.2.9:443"
+// and "later" for one over which nothing may be opened now.
 func parseWay(t *testing.T, text string) (w Way, later bool) {
 	t.Helper()
 	words := strings.Fields(text)
 	w = Way{Uplink: words[0], Source: netip.MustParseAddr(words[1]), Interface: Interface{3, "if-" + words[0]}}
 	for _, word := range words[2:] {
 		ports, isPorts := strings.CutPrefix(word, "sport=")
+		remote, isRemote := strings.CutPrefix(word, "to=")
 		switch {
+		case isRemote:
+			w.Remote = netip.MustParseAddrPort(remote)
 		case word == "backup":
 			w.Backup = true
 		case word == "later":
@@ -34,13 +37,18 @@ func parseWay(t *testing.T, text string) (w Way, later bool) {
 	return w, later
 }
 
-// parseSubflow reads "10.1.0.2:1001#7", with "backup" and "joining".
+// parseSubflow reads "10.1.0.2:1001#7", with "to=192.0.2.9:443", "backup" and "joining".
 func parseSubflow(t *testing.T, text string) (f Subflow) {
 	t.Helper()
 	words := strings.Fields(text)
 	local, id, _ := strings.Cut(words[0], "#")
 	f.Local = netip.MustParseAddrPort(local)
 	fmt.Sscan(id, &f.ID)
+	for _, word := range words[1:] {
+		if remote, is := strings.CutPrefix(word, "to="); is {
+			f.Remote = netip.MustParseAddrPort(remote)
+		}
+	}
 	f.Backup = strings.Contains(text, "backup")
 	f.Joining = strings.Contains(text, "joining")
 	return f
@@ -48,6 +56,7 @@ func parseSubflow(t *testing.T, text string) (f Subflow) {
 
 func TestDiffSubflows(t *testing.T) {
 	const two = "dsl 10.1.0.2, lte 10.2.0.2"
+	const mesh = "dsl 10.1.0.2 to=192.0.2.1:443, lte 10.2.0.2 to=192.0.2.1:443, dsl 10.1.0.2 to=192.0.2.9:443, lte 10.2.0.2 to=192.0.2.9:443"
 	// The ids of the two addresses that nothing has yet.
 	const id1, id2 = 6, 59
 	opens := func(uplink, source string, id int) string {
@@ -91,7 +100,18 @@ func TestDiffSubflows(t *testing.T) {
 		{"once it has another", "ndiffports", "lte 10.2.0.2, dsl 10.1.0.2 backup", "10.1.0.2:1001#0, 10.2.0.2:1002#59, 10.2.0.2:1003#59, 10.2.0.2:1004#59 joining",
 			"close 10.1.0.2:1001"},
 
-		{"fullmesh is as binder", "fullmesh", two, "10.1.0.2:1001#0, 10.1.0.2:1002#6", opens("lte", "10.2.0.2", id2) + "\nclose 10.1.0.2:1002"},
+		{"mesh opens to every address, with one id", "mesh", mesh, "10.1.0.2:1001#0 to=192.0.2.1:443",
+			opens("lte", "10.2.0.2", id2) + "\nopen 10.1.0.2 dev if-dsl to 192.0.2.9:443 id 6\nopen 10.2.0.2 dev if-lte to 192.0.2.9:443 id 59"},
+		{"mesh has everything, and its session began at the second", "mesh", mesh,
+			"10.1.0.2:1001#0 to=192.0.2.9:443, 10.1.0.2:1002#6 to=192.0.2.1:443, 10.2.0.2:1003#59 to=192.0.2.1:443, 10.2.0.2:1004#59 to=192.0.2.9:443", ""},
+		{"mesh opens again what one address has lost", "mesh", mesh,
+			"10.1.0.2:1001#0 to=192.0.2.1:443, 10.2.0.2:1003#59 to=192.0.2.1:443, 10.2.0.2:1004#59 to=192.0.2.9:443", "open 10.1.0.2 dev if-dsl to 192.0.2.9:443 id 6"},
+		{"mesh: an uplink is gone", "mesh", "lte 10.2.0.2 to=192.0.2.1:443, lte 10.2.0.2 to=192.0.2.9:443",
+			"10.1.0.2:1001#0 to=192.0.2.1:443, 10.1.0.2:1002#6 to=192.0.2.9:443, 10.2.0.2:1003#59 to=192.0.2.1:443, 10.2.0.2:1004#59 to=192.0.2.9:443",
+			"close 10.1.0.2:1001 and remove id 0\nclose 10.1.0.2:1002 and remove id 6"},
+		{"mesh is left", "binder", two, "10.1.0.2:1001#0 to=192.0.2.1:443, 10.1.0.2:1002#6 to=192.0.2.9:443, 10.2.0.2:1003#59 to=192.0.2.1:443", "close 10.1.0.2:1002"},
+
+		{"mesh to one address is as binder", "mesh", two, "10.1.0.2:1001#0, 10.1.0.2:1002#6", opens("lte", "10.2.0.2", id2) + "\nclose 10.1.0.2:1002"},
 		{"default keeps one", "default", two, "10.1.0.2:1001#0, 10.1.0.2:1002#6, 10.2.0.2:1003#59", "close 10.1.0.2:1002\nclose 10.2.0.2:1003"},
 		{"default tries every uplink when there is none", "default", two, "", opens("dsl", "10.1.0.2", id1) + "\n" + opens("lte", "10.2.0.2", id2)},
 		{"and the others while one joins", "default", two, "10.1.0.2:1001#6 joining", opens("lte", "10.2.0.2", id2)},
@@ -126,6 +146,33 @@ func TestDiffSubflows(t *testing.T) {
 				t.Errorf("-want +got\n%s", diff)
 			}
 		})
+	}
+}
+
+func TestMesh(t *testing.T) {
+	remotes := []netip.AddrPort{
+		netip.MustParseAddrPort("192.0.2.1:443"), netip.MustParseAddrPort("[2001:db8::1]:443"), netip.MustParseAddrPort("192.0.2.9:443"),
+	}
+	show := func(ways []Way) string {
+		var list []string
+		for _, w := range Mesh(ways, remotes) {
+			list = append(list, fmt.Sprintf("%s %s", w.Source, w.Remote.Addr()))
+		}
+		return strings.Join(list, ", ")
+	}
+	var ways []Way
+	for i := range 3 {
+		ways = append(ways, Way{Source: netip.AddrFrom4([4]byte{10, byte(i), 0, 2})})
+	}
+	ways = append(ways, Way{Source: netip.MustParseAddr("2001:db8:7::2")})
+	if got, want := show(ways), "10.0.0.2 192.0.2.1, 10.1.0.2 192.0.2.1, 10.2.0.2 192.0.2.1, 2001:db8:7::2 2001:db8::1, 10.0.0.2 192.0.2.9, 10.1.0.2 192.0.2.9, 10.2.0.2 192.0.2.9"; got != want {
+		t.Errorf("got  %s\nwant %s", got, want)
+	}
+	for i := range 4 {
+		ways = append(ways, Way{Source: netip.AddrFrom4([4]byte{10, byte(3 + i), 0, 2})})
+	}
+	if got, want := show(ways), "10.0.0.2 192.0.2.1, 10.1.0.2 192.0.2.1, 10.2.0.2 192.0.2.1, 10.3.0.2 192.0.2.1, 10.4.0.2 192.0.2.1, 10.5.0.2 192.0.2.1, 10.6.0.2 192.0.2.1, 2001:db8:7::2 2001:db8::1"; got != want {
+		t.Errorf("more than a session may have: got  %s\nwant %s", got, want)
 	}
 }
 

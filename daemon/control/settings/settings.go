@@ -157,13 +157,17 @@ const (
 	PathManagerNetlink    PathManager = "netlink"    // another program's business
 )
 
+// PathManagerMesh is fullmesh to a concentrator that has several addresses: the
+// kernel knows one, so the daemon opens the subflows. It is never a setting.
+const PathManagerMesh PathManager = "mesh"
+
 // PathManagers are all of them, in the order in which they are offered.
 var PathManagers = []PathManager{PathManagerDefault, PathManagerFullmesh, PathManagerNdiffports, PathManagerBinder, PathManagerNetlink}
 
 // Userspace says whether the daemon opens the subflows of its sessions itself,
 // instead of leaving that to the kernel.
 func (p PathManager) Userspace() bool {
-	return p == PathManagerDefault || p == PathManagerNdiffports || p == PathManagerBinder
+	return p == PathManagerDefault || p == PathManagerNdiffports || p == PathManagerBinder || p == PathManagerMesh
 }
 
 // OneUplink says whether a session uses one uplink at a time.

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"sheaf/daemon/netlab"
 	"sheaf/webui"
@@ -258,6 +259,70 @@ func TestBinder(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestFullmeshOverSeveralAddresses: to a concentrator with two addresses there is a
+// subflow from every uplink to each, and one address may be lost.
+func TestFullmeshOverSeveralAddresses(t *testing.T) {
+	w := newWorld(t)
+	const second = "203.0.113.11"
+	change := func(how func(netlink.Link, *netlink.Addr) error) {
+		t.Helper()
+		w.need(w.Lab.Cloud.Do(func() error {
+			link, err := netlink.LinkByName("eth0")
+			if err != nil {
+				return err
+			}
+			return how(link, &netlink.Addr{IPNet: netlink.NewIPNet(net.ParseIP(second))})
+		}))
+	}
+	change(netlink.AddrAdd)
+	t.Cleanup(func() {
+		change(netlink.AddrDel)
+		// The kernel notes by itself to which address it was joined (flag implicit).
+		flush := exec.Command("ip", "mptcp", "endpoint", "flush")
+		w.need(w.Lab.Cloud.Do(flush.Run))
+	})
+	swallow := func(how func(*netlink.Route) error) {
+		t.Helper()
+		w.need(w.Lab.Core.Do(func() error {
+			return how(&netlink.Route{Dst: netlink.NewIPNet(net.ParseIP(second)), Type: unix.RTN_BLACKHOLE})
+		}))
+	}
+	w.need(w.StartConcentrator())
+	token, err := w.Concentratord("token", "--name", "lab", "--address", w.Address(), "--address", second+":4443")
+	w.need(err)
+	w.need(w.StartRouter(w.Settings(strings.TrimSpace(token))))
+	w.need(w.WaitUp())
+	w.untilShared(2, 2, 2)
+	s, err := w.Status()
+	w.need(err)
+	if s.Multipath.Kernel.PathManager != "fullmesh" {
+		t.Errorf("path manager %q", s.Multipath.Kernel.PathManager)
+	}
+	d := w.startDownload(60e6)
+	w.progress(d, 4e6)
+	swallow(netlink.RouteAdd)
+	w.progress(d, 10e6)
+	w.mode(2, "off")
+	w.need(w.Until("uplink2 has no subflow", func(s webui.Status) error {
+		if u := w.uplink(s, 2); u.Subflows != 0 {
+			return fmt.Errorf("%+v", u)
+		}
+		return nil
+	}))
+	w.progress(d, 4e6)
+	swallow(netlink.RouteDel)
+	w.mode(2, "on")
+	w.untilShared(2, 2, 2)
+	if err := <-d.done; err != nil {
+		t.Fatal(err)
+	}
+	// It is fullmesh alone that uses all of them.
+	w.apply(w.Settings("") + "multipath: {path_manager: binder}\n")
+	w.untilShared(1, 1, 1)
+	w.apply(w.Settings(""))
+	w.untilShared(2, 2, 2)
 }
 
 // endpoints are the router's, whose ever they are.
