@@ -50,8 +50,7 @@ func (k *Kernel) readSysctl(path string) (value string, exists bool, err error) 
 	return strings.TrimSpace(string(text)), true, nil
 }
 
-// Restorable leaves out the sysctls of interfaces that are gone, and their sysctls
-// with them.
+// Restorable leaves out the sysctls of interfaces that are gone: these went with them.
 func (k *Kernel) Restorable(changes []desired.Change) []desired.Change {
 	return slices.DeleteFunc(changes, func(c desired.Change) bool {
 		set, is := c.(desired.SetSysctl)
