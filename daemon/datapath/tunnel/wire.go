@@ -48,9 +48,9 @@ const (
 	// congestionControl is the default of stock kernels. What bbr has learnt from
 	// small flows makes it send the next one slowly.
 	congestionControl = "cubic"
-	// receiveBuffer, in bytes, is what a flow begins with (room in window.go): at
-	// once what autotuning reaches after the first second: at 100 Mbit/s the whole of a download gains 1 %.
-	// The kernel doubles it for its own overhead (socket(7)).
+	// receiveBuffer, in bytes, is what a flow begins with (room in window.go): at once
+	// what autotuning reaches after the first second. At 100 Mbit/s the whole of a
+	// download gains 1 %. The kernel doubles it for its own overhead (socket(7)).
 	receiveBuffer = 4 << 20
 )
 
