@@ -8,6 +8,20 @@ import (
 	"time"
 )
 
+// silent are subflows over which nothing has come for so long, each from a port of
+// its own.
+func silent(t *testing.T, text string) (subflows []Subflow) {
+	t.Helper()
+	for i, word := range strings.Fields(text) {
+		silence, err := time.ParseDuration(word)
+		if err != nil {
+			t.Fatal(err)
+		}
+		subflows = append(subflows, Subflow{Silence: silence, Local: netip.AddrPortFrom(netip.Addr{}, uint16(i))})
+	}
+	return subflows
+}
+
 func TestSuperfluous(t *testing.T) {
 	for _, c := range []struct{ name, silent, want string }{
 		{"all are heard", "1ms 50ms 1.9s", ""},
@@ -17,14 +31,7 @@ func TestSuperfluous(t *testing.T) {
 		{"and when it is alone", "1m", ""},
 		{"nothing is there", "", ""},
 	} {
-		var subflows []Subflow
-		for i, text := range strings.Fields(c.silent) {
-			silence, err := time.ParseDuration(text)
-			if err != nil {
-				t.Fatal(err)
-			}
-			subflows = append(subflows, Subflow{Silence: silence, Local: netip.AddrPortFrom(netip.Addr{}, uint16(i))})
-		}
+		subflows := silent(t, c.silent)
 		var got []string
 		for _, f := range superfluous(subflows) {
 			if subflows[f.Local.Port()].Silence != f.Silence {
@@ -46,16 +53,8 @@ func TestHopeless(t *testing.T) {
 		{"none does: the session is asked for elsewhere", "30s 25s", ""},
 		{"nothing is there", "", ""},
 	} {
-		var subflows []Subflow
-		for _, text := range strings.Fields(c.silent) {
-			silence, err := time.ParseDuration(text)
-			if err != nil {
-				t.Fatal(err)
-			}
-			subflows = append(subflows, Subflow{Silence: silence})
-		}
 		var got []string
-		for _, f := range hopeless(subflows) {
+		for _, f := range hopeless(silent(t, c.silent)) {
 			got = append(got, fmt.Sprint(f.Silence))
 		}
 		if got := strings.Join(got, " "); got != c.want {
