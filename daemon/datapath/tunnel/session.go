@@ -78,8 +78,6 @@ type Session struct {
 	ranked    time.Time
 	window    window
 
-	room room // only the reading goroutine uses it
-
 	writing sync.Mutex // held while records are written, and guards a flow's sent marks
 
 	flow     atomic.Pointer[flow]
@@ -313,9 +311,7 @@ func (s *Session) readAvailable(p []byte) (n int, err error) {
 		n += m
 	}
 	if n > 0 {
-		now := time.Now()
-		s.heard.Store(now.UnixNano())
-		s.keepRoom(now, n)
+		s.heard.Store(time.Now().UnixNano())
 	}
 	return n, err
 }

@@ -11,9 +11,6 @@ import (
 //
 //	└▶ losses.look ─▶ whether an uplink loses packets ─▶ calm: the congestion control
 //
-// and of one at the receiving end: what is read ─▶ room.take ─▶ how many bytes the
-// peer may have under way ─▶ SO_RCVBUF
-//
 // When a subflow dies, the kernel sends everything again from the oldest byte that
 // is not acknowledged, behind what the other subflows have in their queues. Both
 // are as long as the window, and with the tens of megabytes that the kernel grows
@@ -49,17 +46,6 @@ const (
 	// what the window allows it, and with a window for the others it stays at that.
 	freshTime  = 1500 * time.Millisecond
 	freshTimes = 2
-	// roomTime is how long the peer may send at the rate at which we read, without our
-	// acknowledging: several windows. A peer that comes near the edge goes beyond it
-	// when a subflow joins: the window that Linux takes together with a DATA_ACK is the
-	// subflow's last one, which a duplicate acknowledgement does not lower
-	// (ack_update_msk in net/mptcp/options.c, up to 6.18 at least). What is beyond is
-	// dropped though TCP has acknowledged it, and comes again 64 kB at a time: over
-	// uplinks of 10, 20 and 40 ms 3 of 10 returns after an outage took a second or
-	// three, and with this none of 10.
-	roomTime = 1500 * time.Millisecond
-	// roomEvery is how long is measured.
-	roomEvery = 500 * time.Millisecond
 	// windowEvery is how often a session that sends looks.
 	windowEvery = 50 * time.Millisecond
 	// A rate that was reached counts for less each time: senders pause.
@@ -168,46 +154,6 @@ func (w *window) size(now time.Time, c capacity) (bytes int, set bool) {
 	return bytes, true
 }
 
-// room is what the peer may have under way to us. It follows what is read: a client
-// that reads slowly does not fill the router's memory.
-type room struct {
-	flow   *flow
-	looked time.Time
-	read   int // bytes since
-	bytes  int // as it was set; 0: as the socket had it at first
-}
-
-// take counts what was read of a flow. It says what the room is to be, and whether
-// that is new. During a flow it does not shrink: what the peer has been told it may
-// send would be dropped.
-func (r *room) take(now time.Time, f *flow, bytes int) (most int, set bool) {
-	if r.flow != f {
-		set = r.bytes > receiveBuffer
-		*r = room{flow: f, looked: now}
-		return receiveBuffer, set
-	}
-	r.read += bytes
-	elapsed := now.Sub(r.looked)
-	if elapsed < roomEvery {
-		return r.bytes, false
-	}
-	wanted := int(min(float64(r.read)*float64(roomTime)/float64(elapsed), mostWindow))
-	r.looked, r.read = now, 0
-	if float64(wanted) < float64(max(r.bytes, receiveBuffer))*(1+windowChange) {
-		return r.bytes, false
-	}
-	r.bytes = wanted
-	return wanted, true
-}
-
-// keepRoom makes the session's room what it should be, after bytes have been read.
-// Only the reading goroutine calls it.
-func (s *Session) keepRoom(now time.Time, bytes int) {
-	if most, set := s.room.take(now, s.flow.Load(), bytes); set {
-		s.wire.setReceiveBuffer(most)
-	}
-}
-
 // keepWindow makes the session's window what it should be, for a flow of this
 // age. Only the goroutine that sends a flow's bytes calls it.
 func (s *Session) keepWindow(now time.Time, age time.Duration) {
@@ -240,13 +186,6 @@ func (s *socket) capacity(multipath bool) (capacity, error) {
 	var c capacity
 	err := s.eachSubflow(multipath, c.add)
 	return c, err
-}
-
-// setReceiveBuffer bounds what has come and was not read. The kernel doubles the
-// number for its own overhead (socket(7)). A subflow that is there already may keep
-// the window it had; one that joins takes its own from this.
-func (s *socket) setReceiveBuffer(bytes int) {
-	_ = s.raw.Control(func(fd uintptr) { forceReceiveBuffer(int(fd), bytes) })
 }
 
 // setSendBuffer bounds what is sent and not acknowledged, or not sent yet. The

@@ -73,46 +73,6 @@ func TestWindowOfOneThatJoins(t *testing.T) {
 	}
 }
 
-func TestReceiveRoom(t *testing.T) {
-	type read struct {
-		after time.Duration
-		flow  int // 0 none
-		bytes int // since the last one
-	}
-	const ms, mb = time.Millisecond, 1 << 20
-	for _, test := range []struct {
-		name  string
-		reads []read
-		want  string // what is set, MB; - for nothing new
-	}{
-		{"a fast flow", []read{{0, 1, 0}, {250 * ms, 1, 2 * mb}, {500 * ms, 1, 2 * mb}}, "- - 12"},
-		{"a slow client gets no more than at first", []read{{0, 1, 0}, {500 * ms, 1, 1 * mb}, {1000 * ms, 1, 1 * mb}}, "- - -"},
-		{"it does not shrink, nor grow by a little", []read{{0, 1, 0}, {500 * ms, 1, 4 * mb}, {1000 * ms, 1, 1 * mb}, {1500 * ms, 1, 4*mb + mb/4}}, "- 12 - -"},
-		{"what came before a pause says nothing", []read{{0, 1, 0}, {400 * ms, 1, 4 * mb}, {30000 * ms, 1, 4 * mb}}, "- - -"},
-		{"the next flow begins as the first", []read{{0, 1, 0}, {500 * ms, 1, 4 * mb}, {600 * ms, 2, 4 * mb}, {1100 * ms, 2, 3 * mb}}, "- 12 4 9"},
-		{"never too much", []read{{0, 1, 0}, {500 * ms, 1, 1000 * mb}}, "- 64"},
-		{"before there is a flow it stays as it was", []read{{0, 0, 10}, {400 * ms, 0, 10}, {30000 * ms, 0, 10}, {30001 * ms, 1, 10}}, "- - - -"},
-	} {
-		t.Run(test.name, func(t *testing.T) {
-			var r room
-			flows := []*flow{nil, {}, {}}
-			var got []string
-			begin := time.Now()
-			for _, read := range test.reads {
-				bytes, set := r.take(begin.Add(read.after), flows[read.flow], read.bytes)
-				if !set {
-					got = append(got, "-")
-					continue
-				}
-				got = append(got, fmt.Sprint(bytes/mb))
-			}
-			if g := strings.Join(got, " "); g != test.want {
-				t.Errorf("set %s, want %s", g, test.want)
-			}
-		})
-	}
-}
-
 func TestLosses(t *testing.T) {
 	// Each look adds to what two subflows have sent and sent again.
 	type step struct {

@@ -48,9 +48,9 @@ const (
 	// congestionControl is the default of stock kernels. What bbr has learnt from
 	// small flows makes it send the next one slowly.
 	congestionControl = "cubic"
-	// receiveBuffer, in bytes, is what a flow begins with (room in window.go): at once
-	// what autotuning reaches after the first second. At 100 Mbit/s the whole of a
-	// download gains 1 %. The kernel doubles it for its own overhead (socket(7)).
+	// receiveBuffer, in bytes, is from the first moment what autotuning reaches
+	// after the first second: at 100 Mbit/s the whole of a download gains 1 %.
+	// The kernel doubles it for its own overhead (socket(7)).
 	receiveBuffer = 4 << 20
 )
 
@@ -59,13 +59,9 @@ const (
 func tune(fd int) {
 	// A kernel without cubic keeps its default.
 	_ = unix.SetsockoptString(fd, unix.IPPROTO_TCP, unix.TCP_CONGESTION, congestionControl)
-	forceReceiveBuffer(fd, receiveBuffer)
-}
-
-// forceReceiveBuffer leaves autotuning without CAP_NET_ADMIN: SO_RCVBUF instead would
-// fix the buffer at net.core.rmem_max, which is 208 kB on stock kernels.
-func forceReceiveBuffer(fd, bytes int) {
-	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, bytes)
+	// Without CAP_NET_ADMIN autotuning stays: SO_RCVBUF instead would fix the
+	// buffer at net.core.rmem_max, which is 208 kB on stock kernels.
+	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, receiveBuffer)
 }
 
 // fill waits until there is ciphertext to be decrypted.
