@@ -298,7 +298,7 @@ func TestStripMPTCP(t *testing.T) {
 	}()
 	dialer := net.Dialer{Timeout: 5 * time.Second}
 	dialer.SetMultipathTCP(true)
-	for _, stripped := range []bool{false, true, false} {
+	for round, stripped := range []bool{true, false, true} {
 		must(t, l.Uplinks[0].StripMPTCP(stripped))
 		for _, address := range []string{ServerAddress, ServerAddress6} {
 			var c net.Conn
@@ -315,9 +315,10 @@ func TestStripMPTCP(t *testing.T) {
 			}
 			_ = c.Close()
 		}
-	}
-	if up, down := l.Uplinks[0].Counters(); up.Stripped == 0 || down.Stripped > 0 {
-		t.Errorf("stripped %d up, %d down; want some, and none: the server was not asked for MPTCP", up.Stripped, down.Stripped)
+		// Later, connections over MPTCP may yet be closing.
+		if up, down := l.Uplinks[0].Counters(); round == 0 && (up.Stripped == 0 || down.Stripped > 0) {
+			t.Errorf("stripped %d up, %d down; want some, and none: the server was not asked for MPTCP", up.Stripped, down.Stripped)
+		}
 	}
 }
 
