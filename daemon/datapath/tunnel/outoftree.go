@@ -4,6 +4,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"unsafe"
 
@@ -56,7 +57,17 @@ type multipathInfo struct {
 
 // outOfTreeKernel is the running one, or nil when its MPTCP is not v0.9x. That
 // has its sysctls in the initial network namespace alone.
-var outOfTreeKernel = sync.OnceValue(func() outOfTree {
+func outOfTreeKernel() outOfTree {
+	if pretended := pretendedOutOfTree.Load(); pretended != nil {
+		return *pretended
+	}
+	return runningOutOfTree()
+}
+
+// pretendedOutOfTree is for tests: connections of an earlier one may still be looking.
+var pretendedOutOfTree atomic.Pointer[outOfTree]
+
+var runningOutOfTree = sync.OnceValue(func() outOfTree {
 	if _, err := os.Stat("/proc/sys/net/mptcp/mptcp_enabled"); err != nil {
 		return nil
 	}

@@ -69,9 +69,9 @@ func (f *fakeOutOfTree) Info(_ int, m *multipathInfo) error {
 // run makes it the running kernel until the test ends.
 func (f *fakeOutOfTree) run(t *testing.T) *fakeOutOfTree {
 	f.values = map[int]int{}
-	before := outOfTreeKernel
-	outOfTreeKernel = func() outOfTree { return f }
-	t.Cleanup(func() { outOfTreeKernel = before })
+	pretended := outOfTree(f)
+	pretendedOutOfTree.Store(&pretended)
+	t.Cleanup(func() { pretendedOutOfTree.Store(nil) })
 	return f
 }
 
