@@ -121,7 +121,7 @@ func cleanGateway(k *kernel.Kernel, store *Store) error {
 	if err = errors.Join(err, readErr); err != nil || before == nil {
 		return err
 	}
-	if err := k.Apply(ctx, k.Restorable(desired.Restore(before))); err != nil {
+	if err := k.Restore(ctx, before); err != nil {
 		return err
 	}
 	return store.setSysctlsBefore(nil)

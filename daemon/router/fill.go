@@ -65,7 +65,7 @@ func (f *filling) set(held []string) bool {
 func (r *Router) effective(s settings.Settings, statuses []uplink.Status) (now, dialled settings.Settings) {
 	r.filling.mu.Lock()
 	defer r.filling.mu.Unlock()
-	if s.Multipath.PathManager == settings.PathManagerFullmesh && r.mesh.Load() != nil {
+	if s.Multipath.PathManager == settings.PathManagerFullmesh && r.meshes() {
 		s.Multipath.PathManager = settings.PathManagerMesh
 	}
 	if len(r.filling.demoted) > 0 {

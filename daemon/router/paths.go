@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
@@ -47,6 +48,26 @@ type subflows struct {
 	tried  map[joinKey]joined
 	failed string // the last failure that was logged
 }
+
+// meshOf are the concentrator's ends for path manager fullmesh, if that is more than
+// the kernel does by itself: when it has several addresses of one family, as far as
+// they are given as such and not by name.
+func meshOf(addresses []string) (mesh []netip.AddrPort) {
+	families := map[bool]int{}
+	for _, text := range addresses {
+		if a, err := netip.ParseAddrPort(text); err == nil && !slices.Contains(mesh, a) {
+			mesh = append(mesh, a)
+			families[a.Addr().Is4()]++
+		}
+	}
+	if max(families[false], families[true]) < 2 {
+		return nil
+	}
+	return mesh
+}
+
+// meshes says whether the daemon does what path manager fullmesh is to do.
+func (r *Router) meshes() bool { return r.userspace && len(*r.mesh.Load()) > 0 }
 
 // joinKey is a way of one session.
 type joinKey struct {

@@ -1,6 +1,8 @@
 package router
 
 import (
+	"fmt"
+	"strings"
 	"testing"
 	"time"
 
@@ -23,6 +25,23 @@ func TestJoinAgain(t *testing.T) {
 	now = now.Add(joinLast + time.Second)
 	if got := j.next(now).until.Sub(now); got != joinFirst {
 		t.Errorf("after it held: wait %v, want %v", got, joinFirst)
+	}
+}
+
+func TestMeshOf(t *testing.T) {
+	for _, c := range []struct{ addresses, want string }{
+		{"192.0.2.1:443", "[]"},
+		{"192.0.2.1:443 192.0.2.9:4443", "[192.0.2.1:443 192.0.2.9:4443]"},
+		{"192.0.2.1:443 192.0.2.1:443", "[]"},
+		{"192.0.2.1:443 [2001:db8::1]:443", "[]"}, // the kernel meets each with its own family
+		{"192.0.2.1:443 [2001:db8::1]:443 [2001:db8::9]:443", "[192.0.2.1:443 [2001:db8::1]:443 [2001:db8::9]:443]"},
+		{"vpn.example.org:443 192.0.2.1:443", "[]"},
+		{"vpn.example.org:443 192.0.2.1:443 192.0.2.9:443", "[192.0.2.1:443 192.0.2.9:443]"},
+		{"", "[]"},
+	} {
+		if got := fmt.Sprint(meshOf(strings.Fields(c.addresses))); got != c.want {
+			t.Errorf("%s: %s, want %s", c.addresses, got, c.want)
+		}
 	}
 }
 

@@ -75,7 +75,8 @@ type Router struct {
 	mptcp      string
 	schedulers []string
 	userspace  bool
-	// mesh, if set, are the concentrator's ends that path manager fullmesh leads to.
+	// mesh are the concentrator's ends that path manager fullmesh leads to, where the
+	// daemon opens its subflows; never nil, and empty where the kernel does.
 	mesh atomic.Pointer[[]netip.AddrPort]
 
 	packets  *packets
@@ -127,9 +128,11 @@ func Run(ctx context.Context, c Config) (err error) {
 	if r.revision, err = st.settings.Current(); err != nil {
 		return err
 	}
-	if r.enrolled, err = st.enrolment(); err != nil {
+	e, err := st.enrolment()
+	if err != nil {
 		return err
 	}
+	r.enrol(e)
 	if c.Settings != nil {
 		if err := r.applyFile(); err != nil {
 			return err
@@ -153,7 +156,7 @@ func Run(ctx context.Context, c Config) (err error) {
 		return err
 	}
 	r.mptcp, r.schedulers = info.MPTCP, info.Schedulers
-	_, r.userspace = info.Sysctls["pm_type"]
+	_, r.userspace = info.Userspace()
 	r.setPeer()
 	r.setWishes()
 	r.events.add(time.Now(), webui.Event{Kind: "daemon", Text: fmt.Sprintf("sheafd %s has started with settings revision %d", c.Version, r.revision.Number)})
@@ -214,7 +217,7 @@ func restore(ctx context.Context, k *kernel.Kernel, st *state, stay desired.Stat
 		return err
 	}
 	// Forwarding ends before the rules do.
-	if err := errors.Join(k.Apply(ctx, k.Restorable(desired.Restore(before))), k.CleanTo(ctx, stay)); err != nil {
+	if err := errors.Join(k.Restore(ctx, before), k.CleanTo(ctx, stay)); err != nil {
 		return err
 	}
 	return st.forgetSysctls()
@@ -317,8 +320,8 @@ func (r *Router) ways() (settings.Multipath, []desired.Way) {
 	r.mu.Unlock()
 	judged, set, _ := r.judge(set, statuses)
 	ways := desired.Ways(set, judged, r.pool.Ranking())
-	if mesh := r.mesh.Load(); mesh != nil && set.Multipath.PathManager == settings.PathManagerMesh {
-		ways = desired.Mesh(ways, *mesh)
+	if set.Multipath.PathManager == settings.PathManagerMesh {
+		ways = desired.Mesh(ways, *r.mesh.Load())
 	}
 	return set.Multipath, ways
 }
@@ -400,7 +403,6 @@ func (r *Router) setPeer() {
 	r.mu.Lock()
 	e, s := r.enrolled, r.revision.Settings
 	r.mu.Unlock()
-	r.mesh.Store(r.meshOf(e))
 	s, _ = r.effective(s, nil)
 	var peer *tunnel.Peer
 	if e != nil {
@@ -418,27 +420,6 @@ func (r *Router) setPeer() {
 	}
 	r.pool.SetPeer(peer)
 	r.packets.setPeer(peer)
-}
-
-// meshOf are the concentrator's ends for path manager fullmesh, if that is more than
-// the kernel does by itself: when it has several addresses of one family, as far as
-// they are given as such and not by name.
-func (r *Router) meshOf(e *enrolment) *[]netip.AddrPort {
-	if e == nil || !r.userspace {
-		return nil
-	}
-	var list []netip.AddrPort
-	families := map[bool]int{}
-	for _, text := range e.Addresses {
-		if a, err := netip.ParseAddrPort(text); err == nil && !slices.Contains(list, a) {
-			list = append(list, a)
-			families[a.Addr().Is4()]++
-		}
-	}
-	if max(families[false], families[true]) < 2 {
-		return nil
-	}
-	return &list
 }
 
 // setWishes tells the packet path what the settings say of it.
@@ -619,18 +600,27 @@ func (r *Router) join(ctx context.Context, text string) (enrolment, error) {
 	if err := r.state.setEnrolment(e); err != nil {
 		return enrolment{}, err
 	}
-	r.mu.Lock()
-	r.enrolled = &e
-	r.mu.Unlock()
-	if r.mesh.Store(r.meshOf(&e)); r.mesh.Load() != nil {
-		syncing, cancel := context.WithTimeout(ctx, syncTime)
-		_ = r.loop.Sync(syncing) // what failed is logged there
-		cancel()
-	}
+	r.enrol(&e)
+	ctx, cancel = context.WithTimeout(ctx, syncTime)
+	defer cancel()
+	_ = r.loop.Sync(ctx) // what fails is logged there
+	// After the kernel, as in put.
 	r.setPeer()
 	r.events.add(time.Now(), webui.Event{Kind: "concentrator", Text: "joined as " + e.Router + ", key " + e.Key.Fingerprint()})
 	r.log.Info("joined", "as", e.Router, "concentrator", e.Addresses, "key", e.Key.Fingerprint())
 	return e, nil
+}
+
+// enrol makes the concentrator the router's, nil for none.
+func (r *Router) enrol(e *enrolment) {
+	var mesh []netip.AddrPort
+	if e != nil {
+		mesh = meshOf(e.Addresses)
+	}
+	r.mesh.Store(&mesh)
+	r.mu.Lock()
+	r.enrolled = e
+	r.mu.Unlock()
 }
 
 // refusalOf returns the API's error for a token that will never do, or nil.

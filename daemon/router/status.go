@@ -114,7 +114,7 @@ func (r *Router) Status(ctx context.Context) (webui.Status, error) {
 	s.DNS = describeDNS(desired.Resolver(revision.Settings, statuses, r.packets.state()))
 	s.Tunnel = describeTunnel(revision.Settings, s.Uplinks, pool, single)
 	s.Tunnel.Flows, s.Tunnel.DirectFlows = int(r.flows.Load()), r.direct.count()
-	s.Multipath = describeMultipath(revision.Settings.Multipath, r.mesh.Load() != nil, info, held)
+	s.Multipath = describeMultipath(revision.Settings.Multipath, r.meshes(), info, held)
 	s.Multipath.Kernel.CongestionControl = r.pool.CongestionControl()
 	s.Multipath.SchedulerNote = r.note(revision.Settings)
 	s.Multipath.Concentrator = r.packets.farMultipath()
@@ -266,13 +266,13 @@ func describeMultipath(want settings.Multipath, mesh bool, info kernel.Info, hel
 	m.Kernel.Scheduler = info.Sysctls["scheduler"]
 	m.Kernel.Checksum = info.Sysctls["checksum_enabled"] == "1"
 	m.Kernel.SYNRetries, _ = strconv.Atoi(info.Sysctls["syn_retrans_before_tcp_fallback"])
-	userspace, offersUserspace := info.Sysctls["pm_type"]
+	userspace, offersUserspace := info.Userspace()
 	for _, p := range settings.PathManagers {
 		if offersUserspace || p == settings.PathManagerDefault || !p.Userspace() {
 			m.AvailablePathManagers = append(m.AvailablePathManagers, string(p))
 		}
 	}
-	m.Kernel.PathManager = string(kernelPathManager(want.PathManager, mesh, userspace == "1", held.MPTCP))
+	m.Kernel.PathManager = string(kernelPathManager(want.PathManager, mesh, userspace, held.MPTCP))
 	return m
 }
 

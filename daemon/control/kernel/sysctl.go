@@ -1,6 +1,7 @@
 package kernel
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -50,16 +51,17 @@ func (k *Kernel) readSysctl(path string) (value string, exists bool, err error) 
 	return strings.TrimSpace(string(text)), true, nil
 }
 
-// Restorable leaves out the sysctls of interfaces that are gone: these went with them.
-func (k *Kernel) Restorable(changes []desired.Change) []desired.Change {
-	return slices.DeleteFunc(changes, func(c desired.Change) bool {
+// Restore puts back what was there before, as desired.Restore says. The sysctls of
+// interfaces that are gone went with them.
+func (k *Kernel) Restore(ctx context.Context, before map[string]string) error {
+	return k.Apply(ctx, slices.DeleteFunc(desired.Restore(before), func(c desired.Change) bool {
 		set, is := c.(desired.SetSysctl)
 		if !is || !strings.Contains(set.Path, "/conf/") {
 			return false
 		}
 		_, exists, err := k.readSysctl(set.Path)
 		return err == nil && !exists
-	})
+	}))
 }
 
 // readMPTCPSysctls returns those of these names below net.mptcp that the kernel has.
@@ -137,6 +139,13 @@ type Info struct {
 	// ever they are. Only v0.9x counts them.
 	Connections int `json:"connections"`
 	Subflows    int `json:"subflows"`
+}
+
+// Userspace says whether the kernel lets programs manage the paths of connections yet
+// to come, and whether it can (pm_type, Linux 5.19).
+func (i Info) Userspace() (is, can bool) {
+	value, can := i.Sysctls["pm_type"]
+	return value == "1", can
 }
 
 // release is the version of the running kernel.

@@ -67,9 +67,9 @@ type Session struct {
 	// an OPEN frame and dials where the flow is to go.
 	open func(payload []byte) error
 	// calm, if set, says which congestion control flows are sent with.
-	calm   *calm
-	asking asking // of its subflows; only Server.Tend uses it
-	asked  int    // pings since the concentrator last heard of the session; only its sweep uses it
+	calm          *calm
+	subflowsAsked asking // for signs of life; only Server.Tend uses it
+	asked         int    // pings since the concentrator last heard of the session; only its sweep uses it
 	// Only the goroutine that sends a flow uses these.
 	calmed    bool // which one it is
 	paced     bool // its subflows send no bursts

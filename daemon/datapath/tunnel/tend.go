@@ -33,8 +33,8 @@ const (
 	hopelessAfter = 20 * time.Second
 )
 
-// asked finds 6 keep-alives unanswered after 20 seconds.
-var asked = net.KeepAliveConfig{Enable: true, Idle: 2 * time.Second, Interval: 3 * time.Second, Count: 6}
+// askingKeepAlive finds 6 keep-alives unanswered after 20 seconds.
+var askingKeepAlive = net.KeepAliveConfig{Enable: true, Idle: 2 * time.Second, Interval: 3 * time.Second, Count: 6}
 
 // asking decides when the subflows of a session are asked for signs of life.
 type asking struct {
@@ -85,11 +85,11 @@ func (v *Server) Tend(now time.Time) []Ends {
 		if err != nil {
 			continue // it has just ended
 		}
-		ask, set := s.asking.look(now, int(info.Subflows))
+		ask, set := s.subflowsAsked.look(now, int(info.Subflows))
 		if set {
 			config := keepAlive
 			if ask {
-				config = asked
+				config = askingKeepAlive
 			}
 			_ = s.wire.conn.SetKeepAliveConfig(config) // as after minutes, if not
 		}
@@ -97,7 +97,7 @@ func (v *Server) Tend(now time.Time) []Ends {
 		pick := superfluous
 		if !crowded {
 			pick = hopeless
-			if !s.asking.inVain(now) {
+			if !s.subflowsAsked.inVain(now) {
 				continue
 			}
 		}

@@ -18,13 +18,11 @@ type Link struct {
 	Index   int
 	Up      bool // administratively
 	Carrier bool // it is up and the other end is there
-	// PointToPoint: there is one other end and it needs no gateway's address, as of a
-	// tunnel (IPIP, GRE, WireGuard) to a gateway several hops away.
-	PointToPoint bool
 	// Addresses in the kernel's order.
 	Addresses []Address
 	// Defaults are the next hops through this interface of default routes in
-	// the main table.
+	// the main table, and after them the other end of a point-to-point link, such as
+	// a tunnel (IPIP, GRE, WireGuard) to a gateway several hops away.
 	Defaults []Default
 
 	ReceivedBytes, SentBytes uint64
@@ -186,13 +184,6 @@ func worst(reasons []string) string {
 
 const noAddress = "has no usable address"
 
-func unspecified(family string) netip.Addr {
-	if family == "IPv4" {
-		return netip.IPv4Unspecified()
-	}
-	return netip.IPv6Unspecified()
-}
-
 // choose picks the address to send from and the gateway to send to.
 func choose(link Link, want Want, family string) (source netip.Prefix, gateway netip.Addr, reason string) {
 	is := func(a netip.Addr) bool { return a.Is4() == (family == "IPv4") }
@@ -207,8 +198,6 @@ func choose(link Link, want Want, family string) (source netip.Prefix, gateway n
 		})
 		if len(gateways) > 0 {
 			gateway = gateways[0].Gateway
-		} else if link.PointToPoint {
-			gateway = unspecified(family)
 		}
 	}
 

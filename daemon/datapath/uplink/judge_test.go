@@ -46,10 +46,6 @@ func TestJudge(t *testing.T) {
 	down.Up, down.Carrier = false, false
 	unplugged := link(1, "10.1.0.2/24", "10.1.0.1")
 	unplugged.Carrier = false
-	tunnel := link(1, "10.99.0.2/30", "")
-	tunnel.PointToPoint = true
-	routed := link(1, "10.99.0.2/24", "10.99.0.9")
-	routed.PointToPoint = true
 
 	for _, test := range []struct {
 		name  string
@@ -74,8 +70,8 @@ func TestJudge(t *testing.T) {
 		{"lowest metric", []Link{link(1, "10.1.0.2/24", "10.1.0.7@200 10.1.0.1@100 10.1.0.9@300")},
 			"wan1: [10.1.0.2/24] via [10.1.0.1]"},
 		{"point to point", []Link{link(1, "100.64.1.2/32", "0.0.0.0")}, "wan1: [100.64.1.2/32] via [0.0.0.0]"},
-		{"a tunnel needs no default route", []Link{tunnel}, "wan1: [10.99.0.2/30] via [0.0.0.0]"},
-		{"one that it has counts", []Link{routed}, "wan1: [10.99.0.2/24] via [10.99.0.9]"},
+		{"a tunnel needs no default route", []Link{link(1, "10.99.0.2/30", "0.0.0.0@4294967295 ::@4294967295")}, "wan1: [10.99.0.2/30] via [0.0.0.0]"},
+		{"one that it has counts", []Link{link(1, "10.99.0.2/24", "0.0.0.0@4294967295 10.99.0.9@100")}, "wan1: [10.99.0.2/24] via [10.99.0.9]"},
 		{"the address in the gateway's network", []Link{link(1, "10.0.0.9/24 10.1.0.2/24", "10.1.0.1")},
 			"wan1: [10.1.0.2/24] via [10.1.0.1]"},
 		{"unusable addresses", []Link{link(1, "2001:db8::2/64! 2001:db8::3/64", "fe80::1")},

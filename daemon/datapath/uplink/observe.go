@@ -3,6 +3,7 @@ package uplink
 import (
 	"errors"
 	"fmt"
+	"math"
 	"net"
 	"net/netip"
 	"slices"
@@ -35,11 +36,14 @@ func Observe(interfaces []string) (Observation, error) {
 			Index:   a.Index,
 			Up:      a.RawFlags&unix.IFF_UP != 0,
 			Carrier: a.RawFlags&unix.IFF_UP != 0 && a.RawFlags&unix.IFF_RUNNING != 0,
-
-			PointToPoint: a.RawFlags&unix.IFF_POINTOPOINT != 0,
 		}
 		if a.Statistics != nil {
 			link.ReceivedBytes, link.SentBytes = a.Statistics.RxBytes, a.Statistics.TxBytes
+		}
+		if a.RawFlags&unix.IFF_POINTOPOINT != 0 {
+			for _, otherEnd := range unspecified {
+				link.Defaults = append(link.Defaults, Default{Gateway: otherEnd, Metric: math.MaxUint32})
+			}
 		}
 		o.Links = append(o.Links, link)
 	}
@@ -69,10 +73,7 @@ func Observe(interfaces []string) (Observation, error) {
 		})
 	}
 
-	for family, unspecified := range map[int]netip.Addr{
-		netlink.FAMILY_V4: netip.IPv4Unspecified(),
-		netlink.FAMILY_V6: netip.IPv6Unspecified(),
-	} {
+	for family, otherEnd := range unspecified {
 		routes, err := defaultRoutes(family)
 		if err != nil {
 			return Observation{}, fmt.Errorf("list routes: %w", err)
@@ -89,7 +90,7 @@ func Observe(interfaces []string) (Observation, error) {
 					// a Status can carry.
 					continue
 				}
-				d := Default{Gateway: unspecified, Metric: uint32(r.Priority)}
+				d := Default{Gateway: otherEnd, Metric: uint32(r.Priority)}
 				if gateway, ok := netip.AddrFromSlice(hop.Gw); ok {
 					d.Gateway = gateway.Unmap()
 				}
@@ -98,6 +99,12 @@ func Observe(interfaces []string) (Observation, error) {
 		}
 	}
 	return o, nil
+}
+
+// unspecified stand for the other end of a point-to-point link, by family.
+var unspecified = map[int]netip.Addr{
+	netlink.FAMILY_V4: netip.IPv4Unspecified(),
+	netlink.FAMILY_V6: netip.IPv6Unspecified(),
 }
 
 // defaultRoutes keeps only the default routes of the main table while reading,

@@ -180,12 +180,12 @@ func (w *world) secondGateway(u *netlab.Uplink, address string) (came func() uin
 	}
 }
 
-// addAddress gives the router another address until the end of the test.
-func (w *world) addAddress(u *netlab.Uplink, address string) {
+// addAddress gives a host another address until the end of the test.
+func (w *world) addAddress(h *netlab.Host, device, address string) {
 	w.t.Helper()
 	change := func(how func(netlink.Link, *netlink.Addr) error) error {
-		return w.Lab.Router.Do(func() error {
-			link, err := netlink.LinkByName(u.Interface())
+		return h.Do(func() error {
+			link, err := netlink.LinkByName(device)
 			if err != nil {
 				return err
 			}
@@ -200,6 +200,26 @@ func (w *world) addAddress(u *netlab.Uplink, address string) {
 	w.t.Cleanup(func() { w.must(change(netlink.AddrDel)) })
 }
 
+// through waits until some of a download's acknowledgements go through a gateway, or
+// hardly any; came returns the bytes that have come to it since the last call.
+func (w *world) through(d *download, came func() uint64, some bool) {
+	w.t.Helper()
+	const more = 4e6
+	least, most := uint64(0), uint64(3e3)
+	if some {
+		least, most = 5e3, 1e9
+	}
+	var bytes uint64
+	for range 5 { // what was under way still comes
+		came()
+		w.progress(d, more)
+		if bytes = came(); least <= bytes && bytes <= most {
+			return
+		}
+	}
+	w.t.Fatalf("of the acknowledgements of %.0f bytes, %d bytes went through the gateway, want %d to %d", more, bytes, least, most)
+}
+
 // TestBinder: one subflow through every gateway, two of which are behind one
 // interface: with the same source address, and with one of its own.
 func TestBinder(t *testing.T) {
@@ -208,7 +228,7 @@ func TestBinder(t *testing.T) {
 			w := newWorld(t)
 			first := w.Lab.Uplinks[0]
 			came := w.secondGateway(first, "10.1.0.9")
-			w.addAddress(first, "10.1.0.7/24")
+			w.addAddress(w.Lab.Router, first.Interface(), "10.1.0.7/24")
 			w.need(w.StartConcentrator())
 			token, err := w.Token("lab")
 			w.need(err)
@@ -217,29 +237,16 @@ func TestBinder(t *testing.T) {
 			w.need(w.StartRouter(withGateway(w.Settings(token)) + "multipath: {path_manager: binder}\n"))
 			w.need(w.WaitUp())
 			w.untilShared(1, 1, 1, 1) // the other gateway is the first in status
-			came()
 			d := w.startDownload(120e6)
-			through := func(more int64, least, most uint64) {
-				t.Helper()
-				var bytes uint64
-				for range 5 { // what was under way still comes
-					came()
-					w.progress(d, more)
-					if bytes = came(); least <= bytes && bytes <= most {
-						return
-					}
-				}
-				t.Fatalf("of the acknowledgements of %d bytes, %d bytes went through the second gateway, want %d to %d", more, bytes, least, most)
-			}
 			w.progress(d, 3e6)
-			through(4e6, 5e3, 1e9)
+			w.through(d, came, true)
 
 			w.mode(4, "off")
 			w.untilShared(0, 1, 1, 1)
-			through(4e6, 0, 3e3)
+			w.through(d, came, false)
 			w.mode(4, "on")
 			w.untilShared(1, 1, 1, 1)
-			through(4e6, 5e3, 1e9)
+			w.through(d, came, true)
 			w.mode(4, "backup")
 			w.need(w.Until("uplink4 stands by", func(s webui.Status) error {
 				if u := w.uplink(s, 4); u.State != "standby" || u.Subflows != s.Concentrator.Sessions {
@@ -251,7 +258,7 @@ func TestBinder(t *testing.T) {
 			// Without the default route's gateway, the second is the only one there.
 			w.mode(1, "off")
 			w.untilShared(1, 0, 1, 1)
-			through(4e6, 5e3, 1e9)
+			w.through(d, came, true)
 			w.mode(1, "on")
 			w.untilShared(1, 1, 1, 1)
 			if err := <-d.done; err != nil {
@@ -266,23 +273,12 @@ func TestBinder(t *testing.T) {
 func TestFullmeshOverSeveralAddresses(t *testing.T) {
 	w := newWorld(t)
 	const second = "203.0.113.11"
-	change := func(how func(netlink.Link, *netlink.Addr) error) {
-		t.Helper()
-		w.need(w.Lab.Cloud.Do(func() error {
-			link, err := netlink.LinkByName("eth0")
-			if err != nil {
-				return err
-			}
-			return how(link, &netlink.Addr{IPNet: netlink.NewIPNet(net.ParseIP(second))})
-		}))
-	}
-	change(netlink.AddrAdd)
 	t.Cleanup(func() {
-		change(netlink.AddrDel)
 		// The kernel notes by itself to which address it was joined (flag implicit).
 		flush := exec.Command("ip", "mptcp", "endpoint", "flush")
 		w.need(w.Lab.Cloud.Do(flush.Run))
 	})
+	w.addAddress(w.Lab.Cloud, "eth0", second+"/32") // gone before the flush
 	swallow := func(how func(*netlink.Route) error) {
 		t.Helper()
 		w.need(w.Lab.Core.Do(func() error {

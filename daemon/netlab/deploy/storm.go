@@ -587,7 +587,7 @@ func (r *stormRun) leftOver(before string) error {
 			total += n
 		}
 		if total != subflows {
-			return fmt.Errorf("the %d sessions, and %d for packets, have %d subflows, and %s has %d TCP sockets of the tunnel, by the router's address and /proc/net/tcp's state %v",
+			return fmt.Errorf("the %d sessions, and %d for packets, have %d subflows, and %s has %d TCP sockets of the tunnel, by the router's address and their state %v",
 				status.Concentrator.Sessions, status.Packets.StreamSessions, subflows, h.Name, total, open)
 		}
 		r.result.Closing += closing
@@ -595,12 +595,17 @@ func (r *stormRun) leftOver(before string) error {
 	return nil
 }
 
+// tunnelSocket is what sockets of the tunnel have in common.
+type tunnelSocket struct {
+	address netip.Addr // the router's
+	state   string     // in hexadecimal, include/net/tcp_states.h
+}
+
 // tunnelSockets counts the TCP sockets of a Host with the concentrator's port at
-// either end: the open ones by the address at the other end, the router's, and
-// those that are closing.
-func tunnelSockets(h *netlab.Host) (open map[string]int, closing int, err error) {
+// either end: the open ones, and those that are closing.
+func tunnelSockets(h *netlab.Host) (open map[tunnelSocket]int, closing int, err error) {
 	port := fmt.Sprintf(":%04X", concentratorPort)
-	open = map[string]int{}
+	open = map[tunnelSocket]int{}
 	err = h.Do(func() error {
 		for _, path := range []string{"/proc/thread-self/net/tcp", "/proc/thread-self/net/tcp6"} {
 			text, err := os.ReadFile(path)
@@ -612,7 +617,7 @@ func tunnelSockets(h *netlab.Host) (open map[string]int, closing int, err error)
 				if len(f) < 4 || !strings.HasSuffix(f[1], port) && !strings.HasSuffix(f[2], port) {
 					continue
 				}
-				switch f[3] { // include/net/tcp_states.h
+				switch f[3] { // as in tunnelSocket
 				case "04", "05", "09", "0B": // FIN_WAIT1, FIN_WAIT2, LAST_ACK, CLOSING
 					closing++
 				case "06", "07", "0A": // TIME_WAIT, CLOSE, LISTEN
@@ -625,7 +630,7 @@ func tunnelSockets(h *netlab.Host) (open map[string]int, closing int, err error)
 					if err != nil {
 						return fmt.Errorf("%s: %q: %w", path, line, err)
 					}
-					open[fmt.Sprintf("%s state %s", address, f[3])]++
+					open[tunnelSocket{address, f[3]}]++
 				}
 			}
 		}
