@@ -3,7 +3,6 @@ package deploy
 import (
 	"net"
 	"os"
-	"strings"
 	"sync/atomic"
 	"testing"
 
@@ -90,21 +89,9 @@ func TestGatewaySeveralHopsAway(t *testing.T) {
 		t.Run(manager, func(t *testing.T) {
 			w := newWorld(t)
 			came := w.farGateway(w.Lab.Uplinks[0], "hops")
-			w.need(w.StartConcentrator())
-			token, err := w.Token("lab")
-			w.need(err)
-			settings := strings.Replace(w.Settings(token), "uplinks:\n", "uplinks:\n  - {name: uplink4, interface: hops, mode: on, address: {method: existing}}\n", 1)
-			w.need(w.StartRouter(settings + "multipath: {path_manager: " + manager + "}\n"))
-			w.need(w.WaitUp())
-			w.untilShared(1, 1, 1, 1) // the tunnel is the first in status
+			w.startWithFourth("interface: hops, address: {method: existing}", manager)
 			d := w.startDownload(60e6)
-			w.through(d, came, true)
-			w.mode(4, "off")
-			w.untilShared(0, 1, 1, 1)
-			w.through(d, came, false)
-			w.mode(4, "on")
-			w.untilShared(1, 1, 1, 1)
-			w.through(d, came, true)
+			w.fourthOffAndOn(d, came)
 			// Without the gateway of the interface that the tunnel goes out by.
 			w.mode(1, "off")
 			w.untilShared(1, 0, 1, 1)

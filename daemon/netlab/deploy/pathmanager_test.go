@@ -227,6 +227,31 @@ func (w *world) through(d *download, came func() uint64, some bool) {
 	w.t.Fatalf("of the acknowledgements of %.0f bytes, %d bytes went through the gateway, want %d to %d", more, bytes, least, most)
 }
 
+// startWithFourth starts everything with one more uplink, which is the first in status.
+func (w *world) startWithFourth(uplink, manager string) {
+	w.t.Helper()
+	w.need(w.StartConcentrator())
+	token, err := w.Token("lab")
+	w.need(err)
+	settings := strings.Replace(w.Settings(token), "uplinks:\n", "uplinks:\n  - {name: uplink4, mode: on, "+uplink+"}\n", 1)
+	w.need(w.StartRouter(settings + "multipath: {path_manager: " + manager + "}\n"))
+	w.need(w.WaitUp())
+	w.untilShared(1, 1, 1, 1)
+}
+
+// fourthOffAndOn: a download goes through the uplink's gateway while it is on, and only
+// then.
+func (w *world) fourthOffAndOn(d *download, came func() uint64) {
+	w.t.Helper()
+	w.through(d, came, true)
+	w.mode(4, "off")
+	w.untilShared(0, 1, 1, 1)
+	w.through(d, came, false)
+	w.mode(4, "on")
+	w.untilShared(1, 1, 1, 1)
+	w.through(d, came, true)
+}
+
 // TestBinder: one subflow through every gateway, two of which are behind one
 // interface: with the same source address, and with one of its own.
 func TestBinder(t *testing.T) {
@@ -236,24 +261,10 @@ func TestBinder(t *testing.T) {
 			first := w.Lab.Uplinks[0]
 			came := w.secondGateway(first, "10.1.0.9")
 			w.addAddress(w.Lab.Router, first.Interface(), "10.1.0.7/24")
-			w.need(w.StartConcentrator())
-			token, err := w.Token("lab")
-			w.need(err)
-			gateway := fmt.Sprintf("uplinks:\n  - {name: uplink4, interface: wan1, mode: on, address: {method: gateway, gateway: 10.1.0.9%s}}\n", test.source)
-			withGateway := func(s string) string { return strings.Replace(s, "uplinks:\n", gateway, 1) }
-			w.need(w.StartRouter(withGateway(w.Settings(token)) + "multipath: {path_manager: binder}\n"))
-			w.need(w.WaitUp())
-			w.untilShared(1, 1, 1, 1) // the other gateway is the first in status
+			w.startWithFourth("interface: wan1, address: {method: gateway, gateway: 10.1.0.9"+test.source+"}", "binder")
 			d := w.startDownload(120e6)
 			w.progress(d, 3e6)
-			w.through(d, came, true)
-
-			w.mode(4, "off")
-			w.untilShared(0, 1, 1, 1)
-			w.through(d, came, false)
-			w.mode(4, "on")
-			w.untilShared(1, 1, 1, 1)
-			w.through(d, came, true)
+			w.fourthOffAndOn(d, came)
 			w.mode(4, "backup")
 			w.need(w.Until("uplink4 stands by", func(s webui.Status) error {
 				if u := w.uplink(s, 4); u.State != "standby" || u.Subflows != s.Concentrator.Sessions {
