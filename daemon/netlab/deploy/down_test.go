@@ -289,9 +289,15 @@ var lan = []netip.Prefix{netip.MustParsePrefix(netlab.LANPrefix), netip.MustPars
 
 // leaks says whether a frame on an uplink is anything but the tunnel: packets
 // between the uplink's address and the concentrator's port, errors about those,
-// and what neighbors say to each other.
-func leaks(uplink *netlab.Uplink) func(netlab.Frame) bool {
+// and what neighbors say to each other. After a clean stop, which takes the rules
+// away, the router's kernel resets late segments of any uplink's subflows by the
+// main table: those tell of no client.
+func leaks(uplink *netlab.Uplink, all []*netlab.Uplink) func(netlab.Frame) bool {
 	own := []netip.Addr{netip.MustParseAddr(uplink.Address()), netip.MustParseAddr(uplink.Address6())}
+	var router []netip.Addr
+	for _, u := range all {
+		router = append(router, netip.MustParseAddr(u.Address()), netip.MustParseAddr(u.Address6()))
+	}
 	concentrator := netip.MustParseAddr(netlab.CloudAddress)
 	return func(f netlab.Frame) bool {
 		near, far := f.Source, f.Destination
@@ -308,6 +314,8 @@ func leaks(uplink *netlab.Uplink) func(netlab.Frame) bool {
 			return false
 		case f.Protocol == unix.IPPROTO_ICMPV6 && f.ICMPType >= 130: // MLD (RFC 2710, RFC 3810) and ND (RFC 4861)
 			return false
+		case f.Outgoing && f.Protocol == unix.IPPROTO_TCP && f.TCPFlags&^16 == 4 && slices.Contains(router, near.Addr()):
+			return far != netip.AddrPortFrom(concentrator, concentratorPort)
 		case !slices.Contains(own, near.Addr()) || far.Addr() != concentrator:
 			return true
 		case f.Protocol == unix.IPPROTO_ICMP:
@@ -325,7 +333,7 @@ func (w *world) capture() captures {
 	w.t.Helper()
 	var all captures
 	for _, u := range w.Lab.Uplinks {
-		c, err := w.Lab.Router.Capture(u.Interface(), leaks(u))
+		c, err := w.Lab.Router.Capture(u.Interface(), leaks(u, w.Lab.Uplinks))
 		w.need(err)
 		all = append(all, c)
 	}
@@ -339,7 +347,8 @@ func (all captures) stop(w *world) (leaked []string, frames uint64) {
 		w.must(err)
 		frames += r.Frames
 		for _, f := range r.First[:min(len(r.First), 5)] {
-			leaked = append(leaked, fmt.Sprintf("wan%d, one of %d, outgoing %v: type %#x %v", i+1, r.Matched, f.Outgoing, f.EtherType, f.Packet))
+			leaked = append(leaked, fmt.Sprintf("wan%d, one of %d, at %s, outgoing %v: type %#x %v",
+				i+1, r.Matched, f.At.UTC().Format("15:04:05.000"), f.Outgoing, f.EtherType, f.Packet))
 		}
 	}
 	return leaked, frames
