@@ -36,6 +36,7 @@ func benchFaults(ctx context.Context, o benchOptions) error {
 			fmt.Printf("%-46s %14d %9s\n", "transfers failed, or with another content", r.Failed, "0")
 			fmt.Printf("%-46s %14d   %.2f GB\n", "transfers complete", r.Transfers, float64(r.Bytes)/1e9)
 			fmt.Printf("%-46s %12.1f s\n", "longest without a byte at a receiver", r.LongestStall.Seconds())
+			fmt.Printf("%-46s %12.1f s\n", "slowest transfer", r.Slowest.Seconds())
 			if err != nil {
 				return err
 			}
