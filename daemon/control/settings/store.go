@@ -21,6 +21,11 @@ import (
 //	settings/            bucket, ours alone
 //	  schema             "1"
 //	  revisions/         bucket: big-endian number ─▶ Revision as JSON
+//	  unconfirmed        Unconfirmed as JSON, while the newest revision is one
+//
+// Try puts a revision for a time: it stays if Confirm comes, and TakeBack puts the
+// settings of the one before again. Both are known to the disk alone, so a crash
+// between changes nothing.
 
 // Revision is one accepted set of settings.
 type Revision struct {
@@ -40,10 +45,35 @@ var (
 	bucketKey    = []byte("settings")
 	schemaKey    = []byte("schema")
 	revisionsKey = []byte("revisions")
+	triedKey     = []byte("unconfirmed")
 )
 
-// ErrNoRevision is returned for a revision that is not, or no longer, kept.
-var ErrNoRevision = errors.New("no such revision")
+var (
+	// ErrNewer refuses a database of a later version of Sheaf.
+	ErrNewer = errors.New("a newer version of Sheaf has written them")
+	// ErrNoRevision is returned for a revision that is not, or no longer, kept.
+	ErrNoRevision = errors.New("no such revision")
+	// ErrUnconfirmed refuses a change while the newest settings wait to be confirmed.
+	ErrUnconfirmed = errors.New("the settings in force are to be confirmed or taken back first")
+	// ErrNothingUnconfirmed says that nothing waits to be confirmed, or something else.
+	ErrNothingUnconfirmed = errors.New("this revision does not wait to be confirmed")
+	// ErrNothingBefore refuses to try the first settings.
+	ErrNothingBefore = errors.New("the first settings cannot be tried for a time: there are none to go back to")
+)
+
+// Unconfirmed is a revision that is taken back unless it is confirmed in time.
+type Unconfirmed struct {
+	Revision uint64        `json:"revision"`
+	BackTo   uint64        `json:"back_to"` // the revision whose settings come back
+	Deadline time.Time     `json:"deadline"`
+	Wait     time.Duration `json:"wait"` // nanoseconds, from the change to the deadline
+}
+
+// Remaining is the time until the deadline. A clock that was wrong before, as that of
+// a router without a battery, does not make it longer than it was at first.
+func (u Unconfirmed) Remaining(now time.Time) time.Duration {
+	return max(0, min(u.Deadline.Sub(now), u.Wait))
+}
 
 // Store keeps the revisions of the settings in one bucket of a database that
 // the daemon opened.
@@ -62,7 +92,7 @@ func Open(db *bbolt.DB) (*Store, error) {
 		if stored, err := strconv.Atoi(text); err != nil || stored < 1 {
 			return fmt.Errorf("the settings in %s have no readable schema version (%s): restore the file from a backup or remove it", db.Path(), quote(text))
 		} else if stored > schema {
-			return fmt.Errorf("the settings in %s were written by a newer version of Sheaf (schema %d, this one reads %d): run that version, or remove the file to begin anew", db.Path(), stored, schema)
+			return fmt.Errorf("the settings in %s: %w (schema %d, this one reads %d): run that version, or remove the file to begin anew", db.Path(), ErrNewer, stored, schema)
 		}
 		if b.Bucket(revisionsKey) == nil {
 			return fmt.Errorf("the settings in %s hold no revisions: restore the file from a backup or remove it", db.Path())
@@ -122,8 +152,18 @@ func (s *Store) Revisions() (all []Revision, err error) {
 
 // Put makes next the current settings and returns their revision once it is on
 // the disk. Settings equal to the current ones make no new revision. Settings
-// that are not valid are refused with an *Invalid.
-func (s *Store) Put(next Settings, author string, now time.Time) (made Revision, err error) {
+// that are not valid are refused with an *Invalid, and any while the current ones
+// are unconfirmed with ErrUnconfirmed.
+func (s *Store) Put(next Settings, author string, now time.Time) (Revision, error) {
+	return s.put(next, author, now, 0)
+}
+
+// Try is Put of settings that wait to be confirmed. Equal settings do not.
+func (s *Store) Try(next Settings, author string, now time.Time, wait time.Duration) (Revision, error) {
+	return s.put(next, author, now, wait)
+}
+
+func (s *Store) put(next Settings, author string, now time.Time, wait time.Duration) (made Revision, err error) {
 	if err := Validate(next); err != nil {
 		return Revision{}, err
 	}
@@ -160,18 +200,110 @@ func (s *Store) Put(next Settings, author string, now time.Time) (made Revision,
 			made = current
 			return nil
 		}
-		made = Revision{Number: current.Number + 1, Time: now.UTC(), Author: author, Settings: normal(next)}
-		value, err := json.Marshal(made)
+		if b.Get(triedKey) != nil {
+			return ErrUnconfirmed
+		}
+		if wait > 0 {
+			if current.Number == 0 {
+				return ErrNothingBefore
+			}
+			tried := Unconfirmed{Revision: current.Number + 1, BackTo: current.Number, Deadline: now.Add(wait).UTC(), Wait: wait}
+			value, err := json.Marshal(tried)
+			if err != nil {
+				return err
+			}
+			if err := b.Put(triedKey, value); err != nil {
+				return err
+			}
+		}
+		made, err = add(list, current.Number, next, author, now)
+		return err
+	})
+	switch {
+	case errors.Is(err, ErrUnconfirmed), errors.Is(err, ErrNothingBefore):
+		return Revision{}, err
+	case err != nil:
+		return Revision{}, fmt.Errorf("store settings in %s: %w", s.db.Path(), err)
+	}
+	return made, nil
+}
+
+// add appends a revision behind the last one, and drops the oldest.
+func add(list *bbolt.Bucket, last uint64, next Settings, author string, now time.Time) (Revision, error) {
+	made := Revision{Number: last + 1, Time: now.UTC(), Author: author, Settings: normal(next)}
+	value, err := json.Marshal(made)
+	if err != nil {
+		return Revision{}, err
+	}
+	if err := list.Put(key(made.Number), value); err != nil {
+		return Revision{}, err
+	}
+	return made, dropOldest(list, made.Number)
+}
+
+// Unconfirmed returns what waits to be confirmed, if anything does.
+func (s *Store) Unconfirmed() (u Unconfirmed, waiting bool, err error) {
+	err = s.db.View(func(tx *bbolt.Tx) error {
+		u, waiting, err = tried(tx.Bucket(bucketKey))
+		return err
+	})
+	return u, waiting, err
+}
+
+func tried(b *bbolt.Bucket) (u Unconfirmed, waiting bool, err error) {
+	if b == nil || b.Get(triedKey) == nil {
+		return Unconfirmed{}, false, nil
+	}
+	if err := json.Unmarshal(b.Get(triedKey), &u); err != nil {
+		return Unconfirmed{}, false, fmt.Errorf("what is stored of unconfirmed settings: %w", err)
+	}
+	return u, true, nil
+}
+
+// Confirm lets the revision of that number stay, or returns ErrNothingUnconfirmed.
+func (s *Store) Confirm(number uint64) error {
+	return s.db.Update(func(tx *bbolt.Tx) error {
+		b := tx.Bucket(bucketKey)
+		u, waiting, err := tried(b)
 		if err != nil {
 			return err
 		}
-		if err := list.Put(key(made.Number), value); err != nil {
+		if !waiting || u.Revision != number {
+			return fmt.Errorf("revision %d: %w", number, ErrNothingUnconfirmed)
+		}
+		return b.Delete(triedKey)
+	})
+}
+
+// TakeBack makes the settings from before the unconfirmed ones current again, as a
+// new revision. It returns ErrNothingUnconfirmed if none wait.
+func (s *Store) TakeBack(author string, now time.Time) (made Revision, err error) {
+	err = s.db.Update(func(tx *bbolt.Tx) error {
+		b := tx.Bucket(bucketKey)
+		u, waiting, err := tried(b)
+		if err != nil {
 			return err
 		}
-		return dropOldest(list, made.Number)
+		if !waiting {
+			return ErrNothingUnconfirmed
+		}
+		list := b.Bucket(revisionsKey)
+		value := list.Get(key(u.BackTo))
+		if value == nil {
+			return fmt.Errorf("revision %d: %w", u.BackTo, ErrNoRevision)
+		}
+		back, err := decode(key(u.BackTo), value)
+		if err != nil {
+			return err
+		}
+		if err := b.Delete(triedKey); err != nil {
+			return err
+		}
+		made, err = add(list, u.Revision, back.Settings, author, now)
+		return err
 	})
 	if err != nil {
-		return Revision{}, fmt.Errorf("store settings in %s: %w", s.db.Path(), err)
+		return Revision{}, fmt.Errorf("take settings back in %s: %w", s.db.Path(), err)
 	}
 	return made, nil
 }

@@ -193,7 +193,7 @@ func TestStoreKeepsNewestRevisions(t *testing.T) {
 
 func TestStoreRefusesWhatItCannotRead(t *testing.T) {
 	for want, damage := range map[string]func(b *bbolt.Bucket) error{
-		"newer version of Sheaf (schema 2, this one reads 1)": func(b *bbolt.Bucket) error {
+		"newer version of Sheaf has written them (schema 2, this one reads 1)": func(b *bbolt.Bucket) error {
 			return b.Put(schemaKey, []byte("2"))
 		},
 		"no readable schema version": func(b *bbolt.Bucket) error { return b.Delete(schemaKey) },
@@ -218,6 +218,110 @@ func TestStoreRefusesWhatItCannotRead(t *testing.T) {
 		}
 		if _, err := Open(db); err == nil || !strings.Contains(err.Error(), want) || strings.Contains(want, "newer") && strings.Contains(err.Error(), "\n") {
 			t.Errorf("got %v, want %q", err, want)
+		}
+	}
+}
+
+// Settings that are tried stay when they are confirmed, and else the ones before come
+// back, also when the database was closed between.
+func TestStoreTriesSettings(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "sheaf.db")
+	db := openDB(t, path)
+	store, err := Open(db)
+	if err != nil {
+		t.Fatal(err)
+	}
+	reopen := func() {
+		t.Helper()
+		db.Close()
+		db = openDB(t, path)
+		if store, err = Open(db); err != nil {
+			t.Fatal(err)
+		}
+	}
+	waits := func(want Unconfirmed) {
+		t.Helper()
+		got, waiting, err := store.Unconfirmed()
+		if err != nil || waiting != (want != Unconfirmed{}) || got != want {
+			t.Errorf("unconfirmed: %+v %v %v, want %+v", got, waiting, err, want)
+		}
+	}
+	in := func(number uint64, want Settings, author string) {
+		t.Helper()
+		r, err := store.Current()
+		if err != nil || r.Number != number || r.Author != author || cmp.Diff(want, r.Settings, comparable) != "" {
+			t.Errorf("current: %+v %v, want revision %d by %s with %v", r, err, number, author, want.LAN.Interfaces)
+		}
+	}
+
+	if _, err := store.Try(numbered(1), "anna", noon, time.Minute); !errors.Is(err, ErrNothingBefore) {
+		t.Errorf("trying the first settings: %v", err)
+	}
+	if _, err := store.TakeBack("anna", noon); err == nil {
+		t.Error("taking back with nothing stored succeeded")
+	}
+	if _, err := store.Put(numbered(1), "anna", noon); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := store.Try(numbered(1), "anna", noon, time.Minute); err != nil {
+		t.Fatal(err)
+	}
+	waits(Unconfirmed{}) // equal settings are in force already
+	if _, err := store.Try(numbered(2), "anna", noon, time.Minute); err != nil {
+		t.Fatal(err)
+	}
+	tried := Unconfirmed{Revision: 2, BackTo: 1, Deadline: noon.Add(time.Minute), Wait: time.Minute}
+	waits(tried)
+	for _, put := range []func(Settings, string, time.Time) (Revision, error){
+		store.Put,
+		func(s Settings, author string, now time.Time) (Revision, error) {
+			return store.Try(s, author, now, time.Hour)
+		},
+	} {
+		if _, err := put(numbered(3), "bert", noon); !errors.Is(err, ErrUnconfirmed) {
+			t.Errorf("a change before the confirmation: %v", err)
+		}
+	}
+	if err := store.Confirm(1); !errors.Is(err, ErrNothingUnconfirmed) {
+		t.Errorf("confirming another revision: %v", err)
+	}
+	reopen()
+	waits(tried)
+	in(2, numbered(2), "anna")
+	if r, err := store.TakeBack("safe mode", noon); err != nil || r.Number != 3 {
+		t.Errorf("taken back: %+v, %v", r, err)
+	}
+	reopen()
+	waits(Unconfirmed{})
+	in(3, numbered(1), "safe mode")
+
+	if _, err := store.Try(numbered(4), "anna", noon, time.Minute); err != nil {
+		t.Fatal(err)
+	}
+	if err := store.Confirm(4); err != nil {
+		t.Fatal(err)
+	}
+	reopen()
+	waits(Unconfirmed{})
+	in(4, numbered(4), "anna")
+	for _, err := range []error{store.Confirm(4), func() error { _, err := store.TakeBack("anna", noon); return err }()} {
+		if !errors.Is(err, ErrNothingUnconfirmed) {
+			t.Errorf("after the confirmation: %v", err)
+		}
+	}
+}
+
+func TestUnconfirmedRemaining(t *testing.T) {
+	u := Unconfirmed{Deadline: noon, Wait: 2 * time.Minute}
+	for now, want := range map[time.Time]time.Duration{
+		noon.Add(-time.Minute):         time.Minute,
+		noon.Add(time.Hour):            0,
+		time.Unix(0, 0):                2 * time.Minute, // no clock yet
+		noon.Add(-2 * time.Minute):     2 * time.Minute,
+		noon.Add(-time.Hour * 24 * 60): 2 * time.Minute,
+	} {
+		if got := u.Remaining(now); got != want {
+			t.Errorf("at %v: %v, want %v", now, got, want)
 		}
 	}
 }
