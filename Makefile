@@ -11,6 +11,8 @@ BIN := bin
 TOOLS := build/tools
 LINT_VERSION := v2.12.2
 LINT := $(TOOLS)/golangci-lint-$(LINT_VERSION)
+OAPI_VERSION := v2.8.2
+OAPI := $(TOOLS)/oapi-codegen-$(OAPI_VERSION)
 GOBUILD := CGO_ENABLED=0 go build -trimpath -tags $(TAGS) -ldflags "-s -w -X main.version=$(VERSION)"
 GO_FILES := $(shell git ls-files --cached --others --exclude-standard '*.go' go.mod go.sum)
 
@@ -35,7 +37,7 @@ bench: build ## the figures, as ratios within one run (PART=failover for one of 
 	$(BIN)/netlab bench $(if $(PART),--only $(PART)) $(if $(RUNS),--runs $(RUNS))
 
 .PHONY: test
-test: need-test build lint ## everything that must pass: lint, import law, unit tests, end to end in namespaces
+test: need-test build generated lint ## everything that must pass: contract, lint, import law, unit tests, end to end in namespaces
 	CGO_ENABLED=1 go test -count=1 -race -tags $(TAGS) -timeout 15m $$(go list -tags $(TAGS) ./... | grep -v /netlab/deploy)
 	SHEAF_BINARIES=$(CURDIR)/$(BIN) go test -count=1 -tags $(TAGS) -timeout 20m -v ./daemon/netlab/deploy
 	@echo "all tests passed"
@@ -57,6 +59,20 @@ $(LINT):
 	mkdir -p $(TOOLS)
 	GOBIN=$(CURDIR)/$(TOOLS) go install github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$(LINT_VERSION)
 	mv $(TOOLS)/golangci-lint $@
+
+.PHONY: generate
+generate: $(OAPI) ## what is made of webui/openapi.yaml
+	$(OAPI) -config webui/generate.yaml -o webui/api.gen.go webui/openapi.yaml
+
+.PHONY: generated
+generated: $(OAPI)
+	@mkdir -p build && $(OAPI) -config webui/generate.yaml -o build/api.gen.go webui/openapi.yaml
+	@diff -q build/api.gen.go webui/api.gen.go >/dev/null || { echo "webui/api.gen.go is not what webui/openapi.yaml makes; run make generate"; exit 1; }
+
+$(OAPI):
+	mkdir -p $(TOOLS)
+	GOBIN=$(CURDIR)/$(TOOLS) go install github.com/oapi-codegen/oapi-codegen/v2/cmd/oapi-codegen@$(OAPI_VERSION)
+	mv $(TOOLS)/oapi-codegen $@
 
 .PHONY: fuzz
 fuzz: ## look for inputs that break the parsers, one minute each

@@ -3,24 +3,25 @@
 //
 // The path of a request through this package:
 //
-//	socket ─▶ engine: bounds on size and time ─▶ handler: strict decoding
-//	       ─▶ Router or Concentrator (the daemon) ─▶ JSON, or a problem with a code
+//	socket ─▶ engine: bounds on size and time ─▶ contract (openapi.yaml) ─▶ generated
+//	server (api.gen.go) ─▶ handler ─▶ Router or Concentrator (the daemon) ─▶ JSON, or a
+//	problem with a code
 //
 // Whoever can open the socket is the administrator: its mode is 0600, so that is
-// root. Nothing here decides; the daemon does, behind the interface it satisfies.
+// root. Whoever comes over the LAN has to log in (panel.go, access.go). Nothing else is
+// decided here; the daemon does, behind the interface it satisfies.
 package webui
 
 import (
 	"bytes"
 	"context"
-	"encoding/json"
-	"errors"
-	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"net/http"
 	"runtime/debug"
-	"slices"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/gin-gonic/gin"
@@ -35,8 +36,6 @@ const (
 	// requestTimeout bounds the daemon's work on one request. Joining is the
 	// longest: it tries every address over every uplink.
 	requestTimeout = 30 * time.Second
-	// author is what a revision made through the socket carries.
-	author = "socket"
 )
 
 // Router is what the router daemon does for its operator.
@@ -44,15 +43,25 @@ type Router interface {
 	Status(ctx context.Context) (Status, error)
 	// Settings returns the revision in force.
 	Settings(ctx context.Context) (settings.Revision, error)
+	// Revisions returns those that are kept, the newest first.
+	Revisions(ctx context.Context) ([]settings.Revision, error)
+	// Unconfirmed returns what is taken back unless it is confirmed, or nil.
+	Unconfirmed(ctx context.Context) (*settings.Unconfirmed, error)
 	// Apply validates s, stores it as a revision and returns once the kernel
 	// has it. A revision that is stored but that the kernel does not have yet
-	// is returned together with a *Pending.
-	Apply(ctx context.Context, s settings.Settings, author string) (settings.Revision, error)
+	// is returned together with a *NotYet.
+	Apply(ctx context.Context, s settings.Settings, edit Edit) (settings.Revision, error)
 	// SetUplink is Apply of the settings in force with some of one uplink changed.
-	SetUplink(ctx context.Context, name string, change UplinkChange, author string) (settings.Revision, error)
+	SetUplink(ctx context.Context, name string, change UplinkChange, edit Edit) (settings.Revision, error)
 	// SetMultipath is Apply of the settings in force with some multipath settings
 	// changed. What the kernel does not offer is refused.
-	SetMultipath(ctx context.Context, change MultipathChange, author string) (settings.Revision, error)
+	SetMultipath(ctx context.Context, change MultipathChange, edit Edit) (settings.Revision, error)
+	// Confirm lets the unconfirmed revision of that number stay, and TakeBack applies
+	// the settings from before it.
+	Confirm(ctx context.Context, revision uint64) (settings.Revision, error)
+	TakeBack(ctx context.Context, author string) (settings.Revision, error)
+	// History is what an uplink has carried in the last span, in slots of an interval.
+	History(ctx context.Context, name string, interval, span time.Duration) (History, error)
 	// Flows lists the live flows that have moved most, at most limit.
 	Flows(ctx context.Context, limit int) (Flows, error)
 	// Events returns what has happened after the event with an ID. If that is
@@ -62,35 +71,14 @@ type Router interface {
 	Join(ctx context.Context, token string) (Joined, error)
 }
 
-// Joined names the concentrator that a router has enrolled with.
-type Joined struct {
-	Concentrator string `json:"concentrator"`
-	Address      string `json:"address"`
-	Fingerprint  string `json:"fingerprint"`
-}
-
-// Revision is the body that answers reading and changing the settings.
-type Revision struct {
-	Number   uint64            `json:"revision"`
-	Time     time.Time         `json:"time"`
-	Author   string            `json:"author"`
-	Settings settings.Settings `json:"settings"`
-	// Warning says why the kernel does not have this revision yet; the status
-	// is 202 then.
-	Warning string `json:"warning,omitempty"`
-}
-
-// modeBody is the body of PUT /api/v1/uplinks/{name}/mode.
-type modeBody struct {
-	Mode settings.Mode `json:"mode"`
-}
-
-// UplinkChange is the body of PATCH /api/v1/uplinks/{name}. What is absent stays as
-// it is.
-type UplinkChange struct {
-	Mode       *settings.Mode `json:"mode,omitempty"`
-	Weight     *int           `json:"weight,omitempty"`
-	Preference *int           `json:"preference,omitempty"`
+// Edit says how a change of settings is made.
+type Edit struct {
+	Author string
+	// Base is the revision that the change was made from, nil for whichever is in
+	// force. If that is another one the change is refused with a *Stale.
+	Base *uint64
+	// Confirm is how long the change stays without being confirmed; 0 is for good.
+	Confirm time.Duration
 }
 
 // Of returns the uplink u with the change made.
@@ -99,18 +87,6 @@ func (c UplinkChange) Of(u settings.Uplink) settings.Uplink {
 	change(&u.Weight, c.Weight)
 	change(&u.Preference, c.Preference)
 	return u
-}
-
-// MultipathChange is the body of PATCH /api/v1/multipath. What is absent stays as
-// it is.
-type MultipathChange struct {
-	Enabled     *bool                 `json:"enabled,omitempty"`
-	PathManager *settings.PathManager `json:"path_manager,omitempty"`
-	Scheduler   *string               `json:"scheduler,omitempty"`
-	Checksum    *bool                 `json:"checksum,omitempty"`
-	SYNRetries  *int                  `json:"syn_retries,omitempty"`
-
-	CongestionControl *settings.CongestionControl `json:"congestion_control,omitempty"`
 }
 
 // Of returns the settings m with the change made.
@@ -130,42 +106,53 @@ func change[T any](value, to *T) {
 	}
 }
 
-// joinBody is the body of POST /api/v1/join.
-type joinBody struct {
-	Token string `json:"token"`
+// NewRouterHandler serves the API of the router daemon on its socket: whoever can open
+// that is the administrator.
+func NewRouterHandler(r Router, access *Access, log *slog.Logger) http.Handler {
+	return newRouterHandler(r, access, log, requestTimeout, func(c *gin.Context) { c.Set(identityKey, socketIdentity) })
 }
 
-// NewRouterHandler serves the API of the router daemon.
-func NewRouterHandler(r Router, log *slog.Logger) http.Handler {
-	return newRouterHandler(r, log, requestTimeout)
+// NewPanelHandler serves the same to browsers and programs of the LAN that have logged in.
+func NewPanelHandler(r Router, access *Access, log *slog.Logger) http.Handler {
+	return newRouterHandler(r, access, log, requestTimeout, newGuard(access, reply{log}).check)
 }
 
-func newRouterHandler(r Router, log *slog.Logger, timeout time.Duration) http.Handler {
-	h := routerHandler{router: r, runtime: newRuntimeMetrics(), reply: reply{log}}
-	e := newEngine(h.reply, timeout)
+func newRouterHandler(r Router, access *Access, log *slog.Logger, timeout time.Duration, admit gin.HandlerFunc) http.Handler {
+	h := routerHandler{router: r, access: access, runtime: newRuntimeMetrics(), reply: reply{log}}
+	k, err := newContract()
+	if err != nil {
+		panic("webui: the contract in this program cannot be read: " + err.Error())
+	}
+	e := newEngine(h.reply, timeout, admit)
 	e.GET("/readyz", h.ready)
 	e.GET("/metrics", h.metrics)
-	v1 := e.Group("/api/v1")
-	v1.GET("/status", h.status)
-	v1.GET("/settings", h.settings)
-	v1.PUT("/settings", h.apply)
-	v1.PUT("/uplinks/:name/mode", h.setUplinkMode)
-	v1.PATCH("/uplinks/:name", h.setUplink)
-	v1.PATCH("/multipath", h.setMultipath)
-	v1.GET("/flows", h.flows)
-	v1.GET("/events", h.events)
-	v1.POST("/join", h.join)
+	e.GET(basePath+"/openapi.json", func(c *gin.Context) { c.Data(http.StatusOK, gin.MIMEJSON, k.document) })
+	e.Use(k.check(h.reply))
+	RegisterHandlersWithOptions(e, NewStrictHandlerWithOptions(h, nil, StrictGinServerOptions{
+		RequestErrorHandlerFunc: func(c *gin.Context, err error) {
+			h.problem(c, &Error{Code: CodeBadRequest, Detail: "the body is not the JSON expected here: " + err.Error()})
+		},
+		HandlerErrorFunc:         h.fail,
+		ResponseErrorHandlerFunc: h.fail,
+	}), GinServerOptions{
+		BaseURL: basePath,
+		ErrorHandler: func(c *gin.Context, err error, _ int) {
+			h.problem(c, &Error{Code: CodeBadRequest, Detail: err.Error()})
+		},
+	})
 	return e
 }
 
 // newEngine is what both daemons' handlers share: bounds, recovery, refusals.
-func newEngine(rp reply, timeout time.Duration) *gin.Engine {
+func newEngine(rp reply, timeout time.Duration, admit ...gin.HandlerFunc) *gin.Engine {
 	gin.SetMode(gin.ReleaseMode)
 	e := gin.New()
 	// Only fails on addresses that do not parse, and nil has none.
 	_ = e.SetTrustedProxies(nil)
 	e.HandleMethodNotAllowed = true
 	e.RedirectTrailingSlash = false
+	// Handlers get gin's context: it ends with the request's.
+	e.ContextWithFallback = true
 	// An escaped slash belongs to a name, it does not end it.
 	e.UseRawPath = true
 
@@ -188,6 +175,7 @@ func newEngine(rp reply, timeout time.Duration) *gin.Engine {
 			rp.problem(c, &Error{Code: CodeInternal, Detail: internalDetail})
 		}
 	})
+	e.Use(admit...)
 	e.NoRoute(func(c *gin.Context) {
 		rp.problem(c, &Error{Code: CodeNotFound, Detail: "there is nothing at " + c.Request.URL.Path})
 	})
@@ -201,8 +189,10 @@ func newEngine(rp reply, timeout time.Duration) *gin.Engine {
 	return e
 }
 
+// routerHandler is the generated StrictServerInterface.
 type routerHandler struct {
 	router  Router
+	access  *Access
 	runtime prometheus.Gatherer
 	reply
 }
@@ -220,11 +210,20 @@ func (h routerHandler) ready(c *gin.Context) {
 	}
 }
 
-func (h routerHandler) status(c *gin.Context) {
+func (h routerHandler) metrics(c *gin.Context) {
 	s, err := h.router.Status(c.Request.Context())
 	if err != nil {
 		h.fail(c, err)
 		return
+	}
+	h.reply.metrics(c, h.runtime, routerSamples(s))
+}
+
+// GetStatus answers GET /status.
+func (h routerHandler) GetStatus(ctx context.Context, _ GetStatusRequestObject) (GetStatusResponseObject, error) {
+	s, err := h.router.Status(ctx)
+	if err != nil {
+		return nil, err
 	}
 	// A list without elements is [] and not null, so that readers can iterate.
 	s.Uplinks = orEmpty(s.Uplinks)
@@ -236,154 +235,105 @@ func (h routerHandler) status(c *gin.Context) {
 	s.LAN.Interfaces = orEmpty(s.LAN.Interfaces)
 	s.Multipath.AvailableSchedulers = orEmpty(s.Multipath.AvailableSchedulers)
 	s.Multipath.AvailablePathManagers = orEmpty(s.Multipath.AvailablePathManagers)
-	c.JSON(http.StatusOK, s)
+	return GetStatus200JSONResponse(s), nil
 }
 
-func (h routerHandler) metrics(c *gin.Context) {
-	s, err := h.router.Status(c.Request.Context())
+// GetSettings answers GET /settings.
+func (h routerHandler) GetSettings(ctx context.Context, _ GetSettingsRequestObject) (GetSettingsResponseObject, error) {
+	rev, err := h.router.Settings(ctx)
 	if err != nil {
-		h.fail(c, err)
-		return
+		return nil, err
 	}
-	h.reply.metrics(c, h.runtime, routerSamples(s))
+	if c, ok := ctx.(*gin.Context); ok {
+		c.Header("Vary", "Accept")
+		if c.NegotiateFormat(gin.MIMEJSON, mimeYAML) == mimeYAML {
+			text := rev.Settings.YAML()
+			return GetSettings200ApplicationYamlResponse{Body: bytes.NewReader(text), ContentLength: int64(len(text)),
+				Headers: GetSettings200ResponseHeaders{ETag: etag(rev.Number)}}, nil
+		}
+	}
+	return h.answer(ctx, rev, nil)
 }
 
-func (h routerHandler) settings(c *gin.Context) {
-	rev, err := h.router.Settings(c.Request.Context())
+// PutSettings answers PUT /settings.
+func (h routerHandler) PutSettings(ctx context.Context, r PutSettingsRequestObject) (PutSettingsResponseObject, error) {
+	s, err := parse(r.JSONBody, r.Body)
 	if err != nil {
-		h.fail(c, err)
-		return
+		return nil, err
 	}
-	c.Header("Vary", "Accept")
-	if c.NegotiateFormat(gin.MIMEJSON, mimeYAML) == mimeYAML {
-		c.Data(http.StatusOK, mimeYAML, rev.Settings.YAML())
-		return
-	}
-	h.revision(c, rev, nil)
+	rev, err := h.router.Apply(ctx, s, edit(ctx, r.Params.IfMatch, r.Params.ConfirmS))
+	return h.answer(ctx, rev, err)
 }
 
-func (h routerHandler) apply(c *gin.Context) {
-	body, err := readBody(c, mimeYAML, gin.MIMEJSON)
+// CompareSettings answers POST /settings/changes.
+func (h routerHandler) CompareSettings(ctx context.Context, r CompareSettingsRequestObject) (CompareSettingsResponseObject, error) {
+	s, err := parse(r.JSONBody, r.Body)
 	if err != nil {
-		h.fail(c, err)
-		return
+		return nil, err
 	}
-	s, err := settings.Parse(body)
+	now, err := h.router.Settings(ctx)
 	if err != nil {
-		h.fail(c, err)
-		return
+		return nil, err
 	}
-	rev, err := h.router.Apply(c.Request.Context(), s, author)
-	h.revision(c, rev, err)
+	s.Concentrator.Token = "" // never stored, and so never different
+	return CompareSettings200JSONResponse{Changes: settings.Changes(now.Settings, s)}, nil
 }
 
-func (h routerHandler) setUplinkMode(c *gin.Context) {
-	var b modeBody
-	if err := decode(c, &b); err != nil {
-		h.fail(c, err)
-		return
+// parse reads a settings text, which came as JSON or as YAML.
+func parse(document *SettingsDocument, yaml io.Reader) (settings.Settings, error) {
+	if document != nil {
+		return settings.Parse(*document)
 	}
-	if !slices.Contains([]settings.Mode{settings.On, settings.Off, settings.Backup}, b.Mode) {
-		h.problem(c, &Error{Code: CodeBadRequest, Detail: fmt.Sprintf("mode is %q; it must be on, off or backup", b.Mode)})
-		return
-	}
-	rev, err := h.router.SetUplink(c.Request.Context(), c.Param("name"), UplinkChange{Mode: &b.Mode}, author)
-	h.revision(c, rev, err)
-}
-
-func (h routerHandler) setUplink(c *gin.Context) {
-	var b UplinkChange
-	if err := decode(c, &b); err != nil {
-		h.fail(c, err)
-		return
-	}
-	if b == (UplinkChange{}) {
-		h.problem(c, &Error{Code: CodeBadRequest, Detail: "nothing is to be changed; give mode, weight or preference"})
-		return
-	}
-	rev, err := h.router.SetUplink(c.Request.Context(), c.Param("name"), b, author)
-	h.revision(c, rev, err)
-}
-
-func (h routerHandler) setMultipath(c *gin.Context) {
-	var b MultipathChange
-	if err := decode(c, &b); err != nil {
-		h.fail(c, err)
-		return
-	}
-	if b == (MultipathChange{}) {
-		h.problem(c, &Error{Code: CodeBadRequest,
-			Detail: "nothing is to be changed; give enabled, path_manager, scheduler, congestion_control, checksum or syn_retries"})
-		return
-	}
-	rev, err := h.router.SetMultipath(c.Request.Context(), b, author)
-	h.revision(c, rev, err)
-}
-
-func (h routerHandler) join(c *gin.Context) {
-	var b joinBody
-	if err := decode(c, &b); err != nil {
-		h.fail(c, err)
-		return
-	}
-	if b.Token == "" {
-		h.problem(c, &Error{Code: CodeBadRequest, Detail: "token is empty; it must be one enrolment token"})
-		return
-	}
-	joined, err := h.router.Join(c.Request.Context(), b.Token)
+	text, err := io.ReadAll(yaml)
 	if err != nil {
-		h.fail(c, err)
-		return
+		return settings.Settings{}, err
 	}
-	c.JSON(http.StatusOK, joined)
+	return settings.Parse(text)
 }
 
-// revision answers with a revision, or with the reason why there is none.
-func (rp reply) revision(c *gin.Context, rev settings.Revision, err error) {
-	status, warning := http.StatusOK, ""
-	if pending := (*Pending)(nil); errors.As(err, &pending) {
-		status, warning = http.StatusAccepted, pending.Reason
-	} else if err != nil {
-		rp.fail(c, err)
-		return
+// edit says how a change is made that came with an If-Match, which the contract has
+// checked, and the seconds for its confirmation.
+func edit(ctx context.Context, ifMatch string, confirmSeconds int) Edit {
+	e := Edit{Author: identity(ctx).Name, Confirm: time.Duration(confirmSeconds) * time.Second}
+	if ifMatch != "" {
+		base, err := strconv.ParseUint(strings.Trim(ifMatch, `"`), 10, 64)
+		if err != nil {
+			base = math.MaxUint64 // a number that no revision has
+		}
+		e.Base = &base
 	}
-	c.JSON(status, Revision{
-		Number: rev.Number, Time: rev.Time, Author: rev.Author, Settings: rev.Settings, Warning: warning,
-	})
+	return e
 }
 
-// decode reads one JSON value without unknown fields into v.
-func decode(c *gin.Context, v any) error {
-	body, err := readBody(c, gin.MIMEJSON)
-	if err != nil {
-		return err
+// SetUplink answers PATCH /uplinks/{name}.
+func (h routerHandler) SetUplink(ctx context.Context, r SetUplinkRequestObject) (SetUplinkResponseObject, error) {
+	if *r.Body == (UplinkChange{}) {
+		return nil, &Error{Code: CodeBadRequest, Detail: "nothing is to be changed; give mode, weight or preference"}
 	}
-	d := json.NewDecoder(bytes.NewReader(body))
-	d.DisallowUnknownFields()
-	if err := d.Decode(v); err != nil {
-		return &Error{Code: CodeBadRequest, Detail: "the body is not the JSON expected here: " + err.Error()}
-	}
-	if _, err := d.Token(); !errors.Is(err, io.EOF) {
-		return &Error{Code: CodeBadRequest, Detail: "the body goes on after its JSON value"}
-	}
-	return nil
+	rev, err := h.router.SetUplink(ctx, r.Name, *r.Body, edit(ctx, r.Params.IfMatch, r.Params.ConfirmS))
+	return h.answer(ctx, rev, err)
 }
 
-// readBody reads a whole body of one of the types. The type is demanded because
-// a foreign web page can send a form to another server, but not these.
-func readBody(c *gin.Context, types ...string) ([]byte, error) {
-	if !slices.Contains(types, c.ContentType()) {
-		return nil, &Error{Code: CodeUnsupportedMediaType,
-			Detail: fmt.Sprintf("Content-Type is %q; it must be one of %q", c.ContentType(), types)}
+// SetUplinkMode answers PUT /uplinks/{name}/mode.
+func (h routerHandler) SetUplinkMode(ctx context.Context, r SetUplinkModeRequestObject) (SetUplinkModeResponseObject, error) {
+	rev, err := h.router.SetUplink(ctx, r.Name, UplinkChange{Mode: &r.Body.Mode}, edit(ctx, r.Params.IfMatch, 0))
+	return h.answer(ctx, rev, err)
+}
+
+// SetMultipath answers PATCH /multipath.
+func (h routerHandler) SetMultipath(ctx context.Context, r SetMultipathRequestObject) (SetMultipathResponseObject, error) {
+	if *r.Body == (MultipathChange{}) {
+		return nil, &Error{Code: CodeBadRequest,
+			Detail: "nothing is to be changed; give enabled, path_manager, scheduler, congestion_control, checksum or syn_retries"}
 	}
-	body, err := io.ReadAll(c.Request.Body)
-	if tooLarge := (*http.MaxBytesError)(nil); errors.As(err, &tooLarge) {
-		return nil, &Error{Code: CodeBodyTooLarge, Detail: fmt.Sprintf("the body is larger than %d bytes", tooLarge.Limit)}
-	}
-	if err != nil {
-		return nil, &Error{Code: CodeBadRequest, Detail: "the body could not be read: " + err.Error()}
-	}
-	return body, nil
+	rev, err := h.router.SetMultipath(ctx, *r.Body, edit(ctx, r.Params.IfMatch, r.Params.ConfirmS))
+	return h.answer(ctx, rev, err)
+}
+
+// Join answers POST /join.
+func (h routerHandler) Join(ctx context.Context, r JoinRequestObject) (JoinResponseObject, error) {
+	joined, err := h.router.Join(ctx, r.Body.Token)
+	return Join200JSONResponse(joined), err
 }
 
 func orEmpty[T any](list []T) []T {

@@ -88,14 +88,61 @@ func (c *Client) Settings(ctx context.Context) (Revision, error) {
 }
 
 // Apply makes a settings text, YAML or JSON, a new revision. The text is the
-// daemon's to judge.
-func (c *Client) Apply(ctx context.Context, text []byte) (Revision, error) {
+// daemon's to judge. With a time to confirm it in, in whole seconds, it is taken back
+// without that.
+func (c *Client) Apply(ctx context.Context, text []byte, confirm time.Duration) (Revision, error) {
 	var r Revision
+	err := c.sendText(ctx, http.MethodPut, "/api/v1/settings"+confirmQuery(confirm), text, &r)
+	return r, err
+}
+
+// Compare tells what Apply of a text would change.
+func (c *Client) Compare(ctx context.Context, text []byte) ([]settings.Change, error) {
+	var changes Changes
+	err := c.sendText(ctx, http.MethodPost, "/api/v1/settings/changes", text, &changes)
+	return changes.Changes, err
+}
+
+func (c *Client) sendText(ctx context.Context, method, path string, text []byte, out any) error {
 	if len(text) > maxBody {
 		// The daemon would hang up in the middle of the body.
-		return r, fmt.Errorf("the settings are %d bytes long; at most %d are taken", len(text), maxBody)
+		return fmt.Errorf("the settings are %d bytes long; at most %d are taken", len(text), maxBody)
 	}
-	err := c.do(ctx, http.MethodPut, "/api/v1/settings", mimeYAML, text, &r)
+	return c.do(ctx, method, path, mimeYAML, text, out)
+}
+
+func confirmQuery(confirm time.Duration) string {
+	if confirm == 0 {
+		return ""
+	}
+	return fmt.Sprintf("?confirm_s=%d", confirm/time.Second)
+}
+
+// Revisions lists the revisions that are kept, the newest first.
+func (c *Client) Revisions(ctx context.Context) ([]RevisionSummary, error) {
+	var r Revisions
+	err := c.get(ctx, "/api/v1/revisions", &r)
+	return r.Revisions, err
+}
+
+// Restore makes the settings of a revision the ones in force, as Apply does.
+func (c *Client) Restore(ctx context.Context, revision uint64, confirm time.Duration) (Revision, error) {
+	var r Revision
+	err := c.do(ctx, http.MethodPost, fmt.Sprintf("/api/v1/revisions/%d/restore%s", revision, confirmQuery(confirm)), "", nil, &r)
+	return r, err
+}
+
+// Confirm lets an unconfirmed revision stay.
+func (c *Client) Confirm(ctx context.Context, revision uint64) (Revision, error) {
+	var r Revision
+	err := c.send(ctx, http.MethodPost, "/api/v1/confirm", ConfirmJSONBody{Revision: revision}, &r)
+	return r, err
+}
+
+// TakeBack takes the unconfirmed revision back at once.
+func (c *Client) TakeBack(ctx context.Context) (Revision, error) {
+	var r Revision
+	err := c.do(ctx, http.MethodDelete, "/api/v1/confirm", "", nil, &r)
 	return r, err
 }
 
@@ -116,8 +163,13 @@ func (c *Client) SetMultipath(ctx context.Context, change MultipathChange) (Revi
 // Join enrols the router with the concentrator that issued the token.
 func (c *Client) Join(ctx context.Context, token string) (Joined, error) {
 	var j Joined
-	err := c.send(ctx, http.MethodPost, "/api/v1/join", joinBody{Token: token}, &j)
+	err := c.send(ctx, http.MethodPost, "/api/v1/join", JoinJSONBody{Token: token}, &j)
 	return j, err
+}
+
+// SetPassword sets the panel's password.
+func (c *Client) SetPassword(ctx context.Context, password string) error {
+	return c.send(ctx, http.MethodPut, "/api/v1/access/password", SetPasswordJSONBody{Password: password}, nil)
 }
 
 // CreateToken makes a one-time enrolment token on a concentrator.
@@ -206,13 +258,13 @@ func plain(err error) error {
 
 // refusal turns a problem back into the error that the daemon had.
 func refusal(res *http.Response, answer []byte) error {
-	var p problem
+	var p Problem
 	mime, _, _ := strings.Cut(res.Header.Get("Content-Type"), ";")
 	if mime != mimeProblem || json.Unmarshal(answer, &p) != nil {
 		return fmt.Errorf("the daemon answered %s without saying why; is this the socket of the right daemon?", res.Status)
 	}
 	if p.Code != CodeSettingsInvalid {
-		return &Error{Code: p.Code, Status: res.StatusCode, Detail: p.Detail}
+		return &Error{Code: p.Code, Status: res.StatusCode, Detail: p.Detail, Problems: p.Problems}
 	}
 	return &settings.Invalid{Problems: p.Problems}
 }

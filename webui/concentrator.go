@@ -4,7 +4,9 @@ package webui
 // unix socket ─▶ this handler ─▶ Concentrator.
 
 import (
+	"bytes"
 	"context"
+	"encoding/json"
 	"fmt"
 	"log/slog"
 	"net/http"
@@ -95,6 +97,20 @@ type concentratorHandler struct {
 	concentrator Concentrator
 	runtime      prometheus.Gatherer
 	reply
+}
+
+// decode reads one JSON value without unknown fields into v.
+func decode(c *gin.Context, v any) error {
+	body, err := readBody(c, gin.MIMEJSON)
+	if err != nil {
+		return err
+	}
+	d := json.NewDecoder(bytes.NewReader(body))
+	d.DisallowUnknownFields()
+	if err := d.Decode(v); err != nil {
+		return &Error{Code: CodeBadRequest, Detail: "the body is not the JSON expected here: " + err.Error()}
+	}
+	return nil
 }
 
 func (h concentratorHandler) createToken(c *gin.Context) {

@@ -11,54 +11,21 @@ package webui
 import (
 	"context"
 	"fmt"
-	"math"
-	"net/http"
 	"time"
-
-	"github.com/gin-gonic/gin"
 )
 
-// maxWait is how long a question for events may wait for one. It is less than
-// requestTimeout.
+// maxWait is how long a question for events may wait for one, as the contract says. It
+// is less than requestTimeout.
 const maxWait = 25 * time.Second
 
-// Events is the body of GET /api/v1/events, the oldest first.
-type Events struct {
-	Events []Event `json:"events"`
-	// Missed is how many of those asked for are not kept any more.
-	Missed uint64 `json:"missed"`
-}
-
-// Event is something that has happened to the router.
-type Event struct {
-	// ID grows by one from event to event, and over restarts as the clock does.
-	ID   uint64    `json:"id"`
-	Time time.Time `json:"time"`
-	// Kind is daemon, settings, uplink, tunnel, concentrator or kernel.
-	Kind   string `json:"kind"`
-	Uplink string `json:"uplink,omitempty"` // its name, if it is about one
-	// Text says what happened. That of an uplink and of the tunnel begins with the
-	// new state, as in Status, and the reason follows behind a colon.
-	Text string `json:"text"`
-}
-
-func (h routerHandler) events(c *gin.Context) {
-	var after, wait uint64
-	for _, err := range []error{
-		number(c, "after", 0, math.MaxUint64, &after), number(c, "wait", 0, uint64(maxWait/time.Second), &wait),
-	} {
-		if err != nil {
-			h.fail(c, err)
-			return
-		}
-	}
-	e, err := h.router.Events(c.Request.Context(), after, time.Duration(wait)*time.Second)
+// GetEvents answers GET /events.
+func (h routerHandler) GetEvents(ctx context.Context, r GetEventsRequestObject) (GetEventsResponseObject, error) {
+	e, err := h.router.Events(ctx, r.Params.After, time.Duration(r.Params.Wait)*time.Second)
 	if err != nil {
-		h.fail(c, err)
-		return
+		return nil, err
 	}
 	e.Events = orEmpty(e.Events)
-	c.JSON(http.StatusOK, e)
+	return GetEvents200JSONResponse(e), nil
 }
 
 // Events returns what has happened after an event, 0 for all that is known. If

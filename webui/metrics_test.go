@@ -75,7 +75,7 @@ func TestRouterMetrics(t *testing.T) {
 			Drops: map[string]uint64{"late": 3, "queue": 0}, TUNRestarts: 1},
 		Forwards: []ForwardStatus{{Name: "web", Protocol: "tcp", State: "active"}, {Name: "game", Protocol: "udp", State: "refused"}},
 	}}
-	c := serve(t, NewRouterHandler(router, quiet()))
+	c := serve(t, NewRouterHandler(router, nil, quiet()))
 	compare(t, "metrics_router.txt", scrape(t, c))
 	check(t, nil, router.asked, "status")
 

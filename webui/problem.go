@@ -10,7 +10,10 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"net/http"
+	"strconv"
+	"time"
 
 	"github.com/gin-gonic/gin"
 
@@ -37,6 +40,20 @@ const (
 
 	CodeSettingsInvalid         = "settings_invalid"
 	CodeUplinkUnknown           = "uplink_unknown"
+	CodeRevisionUnknown         = "revision_unknown"
+	CodeRevisionStale           = "revision_stale"      // another is in force than the change was made from
+	CodeUnconfirmed             = "unconfirmed"         // settings that wait for it are in the way
+	CodeNothingUnconfirmed      = "nothing_unconfirmed" // nothing to confirm or to go back to
+	CodeLoginRequired           = "login_required"
+	CodeReadOnly                = "read_only" // the token may not change anything
+	CodeCrossOrigin             = "cross_origin"
+	CodeHostUnknown             = "host_unknown"
+	CodeUnclaimed               = "unclaimed" // there is no password yet
+	CodeClaimClosed             = "claim_closed"
+	CodeWeakPassword            = "weak_password"
+	CodeWrongPassword           = "wrong_password"
+	CodeTooManyLogins           = "too_many_logins"
+	CodeTooManyTokens           = "too_many_tokens"
 	CodeTooManyWaiting          = "too_many_waiting" // for events
 	CodeStopping                = "stopping"         // the daemon is
 	CodeTunnelDown              = "tunnel_down"
@@ -61,6 +78,20 @@ var statusOf = map[string]int{
 
 	CodeSettingsInvalid:         http.StatusUnprocessableEntity,
 	CodeUplinkUnknown:           http.StatusNotFound,
+	CodeRevisionUnknown:         http.StatusNotFound,
+	CodeRevisionStale:           http.StatusPreconditionFailed,
+	CodeUnconfirmed:             http.StatusConflict,
+	CodeNothingUnconfirmed:      http.StatusConflict,
+	CodeLoginRequired:           http.StatusUnauthorized,
+	CodeReadOnly:                http.StatusForbidden,
+	CodeCrossOrigin:             http.StatusForbidden,
+	CodeHostUnknown:             http.StatusForbidden,
+	CodeUnclaimed:               http.StatusConflict,
+	CodeClaimClosed:             http.StatusConflict,
+	CodeWeakPassword:            http.StatusUnprocessableEntity,
+	CodeWrongPassword:           http.StatusUnauthorized,
+	CodeTooManyLogins:           http.StatusTooManyRequests,
+	CodeTooManyTokens:           http.StatusConflict,
 	CodeTooManyWaiting:          http.StatusServiceUnavailable,
 	CodeStopping:                http.StatusServiceUnavailable,
 	CodeTunnelDown:              http.StatusServiceUnavailable,
@@ -81,6 +112,10 @@ type Error struct {
 	Status int
 	// Detail says what was wrong, where, and what to do.
 	Detail string
+	// Problems are the single things, each by its place.
+	Problems []settings.Problem
+	// RetryAfter says when it makes sense to ask again, if it is known.
+	RetryAfter time.Duration
 }
 
 func (e *Error) Error() string {
@@ -90,23 +125,34 @@ func (e *Error) Error() string {
 	return e.Detail
 }
 
-// Pending comes with a revision that is stored but that the kernel does not
+// NotYet comes with a revision that is stored but that the kernel does not
 // have yet. It is a warning: reconciling goes on by itself.
-type Pending struct {
+type NotYet struct {
 	Reason string
 }
 
-func (p *Pending) Error() string { return "not in force yet: " + p.Reason }
+func (n *NotYet) Error() string { return "not in force yet: " + n.Reason }
 
-// problem is a body of application/problem+json. Its type stays about:blank;
-// code is what tells problems apart.
-type problem struct {
-	Type     string             `json:"type"`
-	Title    string             `json:"title"`
-	Status   int                `json:"status"`
-	Detail   string             `json:"detail,omitempty"`
-	Code     string             `json:"code"`
-	Problems []settings.Problem `json:"problems,omitempty"`
+// Stale refuses a change that was made from another revision than the one in force.
+type Stale struct {
+	// Base is what the change was made from, Current what is in force.
+	Base    uint64
+	Current settings.Revision
+	// Changes are those that others have made between, if Base is still kept.
+	Changes []settings.Change
+}
+
+func (s *Stale) Error() string {
+	return fmt.Sprintf("the change was made from revision %d, and revision %d by %s is in force: look at what it changed, and make yours again",
+		s.Base, s.Current.Number, s.Current.Author)
+}
+
+// problems are the changes of others.
+func (s *Stale) problems() (list []settings.Problem) {
+	for _, c := range s.Changes {
+		list = append(list, settings.Problem{Path: c.Path, Reason: fmt.Sprintf("was %q, is %q", c.From, c.To)})
+	}
+	return list
 }
 
 // reply writes refusals.
@@ -120,13 +166,21 @@ func (rp reply) fail(c *gin.Context, err error) {
 	var (
 		coded   *Error
 		invalid *settings.Invalid
+		stale   *Stale
 	)
 	switch {
 	case errors.As(err, &invalid):
 		rp.problem(c, &Error{
-			Code:   CodeSettingsInvalid,
-			Detail: fmt.Sprintf("the settings have %d problem(s); nothing was changed", len(invalid.Problems)),
-		}, invalid.Problems...)
+			Code:     CodeSettingsInvalid,
+			Detail:   fmt.Sprintf("the settings have %d problem(s); nothing was changed", len(invalid.Problems)),
+			Problems: invalid.Problems,
+		})
+	case errors.As(err, &stale):
+		rp.problem(c, &Error{Code: CodeRevisionStale, Detail: stale.Error(), Problems: stale.problems()})
+	case errors.Is(err, settings.ErrUnconfirmed):
+		rp.problem(c, &Error{Code: CodeUnconfirmed, Detail: err.Error() + ": `sheafctl confirm` keeps them, `sheafctl confirm --no` takes them back"})
+	case errors.Is(err, settings.ErrNothingUnconfirmed), errors.Is(err, settings.ErrNothingBefore):
+		rp.problem(c, &Error{Code: CodeNothingUnconfirmed, Detail: err.Error()})
 	case errors.As(err, &coded):
 		rp.problem(c, coded)
 	case errors.Is(ctx.Err(), context.DeadlineExceeded):
@@ -142,8 +196,8 @@ func (rp reply) fail(c *gin.Context, err error) {
 	}
 }
 
-func (rp reply) problem(c *gin.Context, e *Error, lines ...settings.Problem) {
-	p := problem{Type: "about:blank", Status: e.Status, Detail: e.Detail, Code: e.Code, Problems: lines}
+func (rp reply) problem(c *gin.Context, e *Error) {
+	p := Problem{Type: "about:blank", Status: e.Status, Detail: e.Detail, Code: e.Code, Problems: e.Problems}
 	if p.Status == 0 {
 		p.Status = statusOf[e.Code]
 	}
@@ -153,6 +207,9 @@ func (rp reply) problem(c *gin.Context, e *Error, lines ...settings.Problem) {
 	}
 	p.Title = http.StatusText(p.Status)
 	c.Abort()
+	if e.RetryAfter > 0 {
+		c.Header("Retry-After", strconv.Itoa(int(math.Ceil(e.RetryAfter.Seconds()))))
+	}
 	c.Header("Content-Type", mimeProblem)
 	c.JSON(p.Status, p)
 }

@@ -33,6 +33,7 @@ const (
 const (
 	defaultSocket = "/run/sheaf/sheaf.sock"
 	maxToken      = 16 << 10
+	maxPassword   = 1 << 10
 	// flowsEvery is how often the live list of flows is read again.
 	flowsEvery = time.Second
 )
@@ -146,8 +147,8 @@ func (a *app) emit(v any, text func(w *bytes.Buffer)) error {
 
 func (a *app) root() *cobra.Command {
 	root := group("sheafctl", "Drive the Sheaf router daemon",
-		a.join(), a.apply(), a.status(), a.uplinks(), a.uplink(),
-		a.multipath(), a.flows(), a.events(), a.showVersion())
+		a.join(), a.apply(), a.confirm(), a.export(), a.diff(), a.revisions(), a.rollback(),
+		a.status(), a.uplinks(), a.uplink(), a.multipath(), a.flows(), a.events(), a.password(), a.showVersion())
 	root.SilenceErrors = true
 	root.SilenceUsage = true
 	root.CompletionOptions.DisableDefaultCmd = true
@@ -203,32 +204,33 @@ func (a *app) join() *cobra.Command {
 	}
 }
 
-func (a *app) apply() *cobra.Command {
-	var file string
-	c := &cobra.Command{
-		Use:   "apply -f FILE.yaml",
-		Short: "Make the settings in a file the ones in force",
-		Args:  exactly(0, "no arguments besides -f FILE.yaml"),
+func (a *app) password() *cobra.Command {
+	return &cobra.Command{
+		Use:   "password",
+		Short: "Set the panel's password, a line of standard input",
+		Long: "Set the panel's password, a line of standard input. Whoever was logged in\n" +
+			"has to log in again.",
+		Args: exactly(0, "no arguments; it reads the password from standard input"),
 		RunE: func(c *cobra.Command, _ []string) error {
-			if file == "" {
-				return usagef(c, "no settings given; add -f FILE.yaml, or -f - for standard input")
+			show := hideTyping(a.stdin)
+			if show != nil {
+				_, _ = fmt.Fprint(a.stderr, "new password: ")
 			}
-			name, text, err := a.readSettings(file)
-			if err != nil {
-				return fmt.Errorf("read the settings: %w", err)
-			}
-			rev, err := a.client().Apply(c.Context(), text)
-			if invalid := (*settings.Invalid)(nil); errors.As(err, &invalid) {
-				return fileError{name, invalid}
+			text, err := readLine(a.stdin, maxPassword)
+			if show != nil {
+				show()
+				_, _ = fmt.Fprintln(a.stderr)
 			}
 			if err != nil {
+				return fmt.Errorf("read the password from standard input: %w", err)
+			}
+			if err := a.client().SetPassword(c.Context(), text); err != nil {
 				return err
 			}
-			return a.changed(rev, "the settings are")
+			a.say("the password is set")
+			return nil
 		},
 	}
-	c.Flags().StringVarP(&file, "file", "f", "", "settings to apply; '-' is standard input")
-	return c
 }
 
 func (a *app) readSettings(file string) (name string, text []byte, err error) {
@@ -251,6 +253,9 @@ func (a *app) changed(rev webui.Revision, what string) error {
 		a.say("%s in force", what)
 	} else {
 		a.say("%s stored, but not in force yet: %s", what, rev.Warning)
+	}
+	if u := rev.Unconfirmed; u != nil {
+		a.say("revision %d is back after %.0f s unless 'sheafctl confirm' keeps this one", u.BackTo, u.RemainingS)
 	}
 	return a.emit(rev, func(w *bytes.Buffer) { fmt.Fprintf(w, "revision %d\n", rev.Number) })
 }
@@ -569,6 +574,22 @@ func readBounded(r io.Reader, limit int64) ([]byte, error) {
 		err = fmt.Errorf("longer than %d bytes", limit)
 	}
 	return text, err
+}
+
+// readLine reads one line, byte by byte: what follows it is not this command's.
+func readLine(r io.Reader, limit int) (string, error) {
+	var line []byte
+	for one := make([]byte, 1); len(line) <= limit; {
+		n, err := r.Read(one)
+		if n == 1 && one[0] == '\n' || errors.Is(err, io.EOF) {
+			return strings.TrimSuffix(string(line), "\r"), nil
+		}
+		if err != nil {
+			return "", err
+		}
+		line = append(line, one[:n]...)
+	}
+	return "", fmt.Errorf("longer than %d bytes", limit)
 }
 
 // choice is a flag that takes one of a few words.

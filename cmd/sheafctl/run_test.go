@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"go.etcd.io/bbolt"
 	"golang.org/x/sys/unix"
 
 	"sheaf/daemon/control/settings"
@@ -30,6 +31,8 @@ type fakeRouter struct {
 	State    webui.Status
 	Listed   []webui.Flows  // one after the other, and then the daemon ends
 	Happened []webui.Events // likewise
+	Stored   []settings.Revision
+	Tried    *settings.Unconfirmed
 	Pending  string
 	Refusal  *webui.Error
 	Problems []settings.Problem
@@ -39,7 +42,7 @@ type fakeRouter struct {
 func (f *fakeRouter) err() error {
 	switch {
 	case f.Pending != "":
-		return &webui.Pending{Reason: f.Pending}
+		return &webui.NotYet{Reason: f.Pending}
 	case f.Refusal != nil:
 		return f.Refusal
 	case f.Problems != nil:
@@ -51,24 +54,44 @@ func (f *fakeRouter) err() error {
 func (f *fakeRouter) Status(context.Context) (webui.Status, error) { return f.State, f.err() }
 
 func (f *fakeRouter) Settings(context.Context) (settings.Revision, error) {
-	return settings.Revision{}, errors.New("no command asks for this")
+	return f.Stored[0], f.err()
 }
 
-func (f *fakeRouter) Apply(_ context.Context, s settings.Settings, author string) (settings.Revision, error) {
-	f.asked = fmt.Sprintf("apply by %s:\n%s", author, s.YAML())
-	return settings.Revision{Number: 7, Time: time.Unix(0, 0).UTC(), Author: author, Settings: s}, f.err()
+func (f *fakeRouter) Revisions(context.Context) ([]settings.Revision, error) {
+	return f.Stored, f.err()
 }
 
-func (f *fakeRouter) SetUplink(_ context.Context, name string, change webui.UplinkChange, author string) (settings.Revision, error) {
+func (f *fakeRouter) Unconfirmed(context.Context) (*settings.Unconfirmed, error) { return f.Tried, nil }
+
+func (f *fakeRouter) Apply(_ context.Context, s settings.Settings, edit webui.Edit) (settings.Revision, error) {
+	f.asked = fmt.Sprintf("apply by %s%s:\n%s", edit.Author, strings.TrimSuffix(fmt.Sprintf(" for %v", edit.Confirm), " for 0s"), s.YAML())
+	return settings.Revision{Number: 7, Time: time.Unix(0, 0).UTC(), Author: edit.Author, Settings: s}, f.err()
+}
+
+func (f *fakeRouter) SetUplink(_ context.Context, name string, change webui.UplinkChange, edit webui.Edit) (settings.Revision, error) {
 	b, _ := json.Marshal(change)
-	f.asked = fmt.Sprintf("set %q to %s by %s\n", name, b, author)
+	f.asked = fmt.Sprintf("set %q to %s by %s\n", name, b, edit.Author)
 	return settings.Revision{Number: 8}, f.err()
 }
 
-func (f *fakeRouter) SetMultipath(_ context.Context, change webui.MultipathChange, author string) (settings.Revision, error) {
+func (f *fakeRouter) SetMultipath(_ context.Context, change webui.MultipathChange, edit webui.Edit) (settings.Revision, error) {
 	b, _ := json.Marshal(change)
-	f.asked = fmt.Sprintf("multipath %s by %s\n", b, author)
+	f.asked = fmt.Sprintf("multipath %s by %s\n", b, edit.Author)
 	return settings.Revision{Number: 9}, f.err()
+}
+
+func (f *fakeRouter) Confirm(_ context.Context, revision uint64) (settings.Revision, error) {
+	f.asked = fmt.Sprintf("confirm %d\n", revision)
+	return settings.Revision{Number: revision}, f.err()
+}
+
+func (f *fakeRouter) TakeBack(_ context.Context, author string) (settings.Revision, error) {
+	f.asked = fmt.Sprintf("take back by %s\n", author)
+	return settings.Revision{Number: 10}, f.err()
+}
+
+func (f *fakeRouter) History(context.Context, string, time.Duration, time.Duration) (webui.History, error) {
+	return webui.History{}, errors.New("no command asks for this")
 }
 
 func (f *fakeRouter) Flows(_ context.Context, limit int) (webui.Flows, error) {
@@ -109,8 +132,17 @@ func startDaemon(t *testing.T, r webui.Router) (socket string) {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
+	db, err := bbolt.Open(filepath.Join(dir, "state.db"), 0o600, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { db.Close() })
+	access, err := webui.OpenAccess(db, time.Now)
+	if err != nil {
+		t.Fatal(err)
+	}
 	done := make(chan error, 1)
-	go func() { done <- webui.Serve(ctx, ln, webui.NewRouterHandler(r, slog.New(slog.DiscardHandler))) }()
+	go func() { done <- webui.Serve(ctx, ln, webui.NewRouterHandler(r, access, slog.New(slog.DiscardHandler))) }()
 	t.Cleanup(func() {
 		cancel()
 		if err := <-done; err != nil {
@@ -213,6 +245,8 @@ func TestUsage(t *testing.T) {
 		"join", "join a b", "join -", "apply", "apply -f", "apply -f - extra",
 		"multipath bogus", "multipath set", "multipath set default", "multipath set --scheduler", "multipath set --syn-retries x", "multipath set --checksum=maybe",
 		"flows extra", "flows --limit 0", "flows --limit 10001", "events extra",
+		"apply --confirm 0s -f x", "apply --confirm 1500ms -f x", "apply --confirm 2h -f x", "confirm 7", "export x", "diff", "diff x", "revisions x",
+		"password x", "rollback", "rollback last", "rollback 0", "rollback 1 2", "rollback 1 --confirm 1ms",
 		"uplink set", "uplink set lte", "uplink set lte --mode fast", "uplink set lte dsl --mode on",
 	} {
 		var stdout, stderr bytes.Buffer

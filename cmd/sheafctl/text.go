@@ -66,6 +66,9 @@ func writeStatus(w *bytes.Buffer, s webui.Status, color bool) {
 	}
 	line("lan", "%s", or(strings.Join(lan, ", "), "no interface"))
 	line("sheafd", "%s, settings revision %d", s.Version, s.Settings.Revision)
+	if u := s.Settings.Unconfirmed; u != nil {
+		line("unconfirmed", "revision %d is back after %.0f s unless 'sheafctl confirm' keeps this one", u.BackTo, u.RemainingS)
+	}
 
 	w.WriteByte('\n')
 	writeUplinks(w, s.Uplinks, false, color)
@@ -229,6 +232,25 @@ func terminalHeight(w io.Writer) int {
 		return 0
 	}
 	return int(size.Row)
+}
+
+// hideTyping makes the terminal r show nothing of what is typed, until show is called;
+// nil if it is none.
+func hideTyping(r io.Reader) (show func()) {
+	f, ok := r.(*os.File)
+	if !ok {
+		return nil
+	}
+	before, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
+	if err != nil {
+		return nil
+	}
+	hidden := *before
+	hidden.Lflag &^= unix.ECHO
+	if unix.IoctlSetTermios(int(f.Fd()), unix.TCSETS, &hidden) != nil {
+		return nil
+	}
+	return func() { _ = unix.IoctlSetTermios(int(f.Fd()), unix.TCSETS, before) }
 }
 
 // writeUplinks writes the table of uplinks: rates now, and with totals also all

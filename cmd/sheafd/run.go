@@ -1,9 +1,11 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"os"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -31,6 +33,7 @@ func newCommand() *cobra.Command {
 		c.Flags().StringVar(&config.StateDir, "state-dir", "/var/lib/sheaf", "directory of settings and keys")
 		c.Flags().StringVar(&file, "settings", "", "YAML file to apply once at the start; without it the stored settings hold")
 		c.Flags().StringVar(&config.Socket, "socket", "/run/sheaf/sheaf.sock", "unix socket for sheafctl")
+		c.Flags().StringVar(&config.Admin, "admin", ":8443", "where the panel is served: :PORT on the LAN's interfaces, HOST:PORT there, or empty for nowhere")
 		c.Flags().BoolVar(&verbose, "verbose", false, "log every flow that ends early")
 	}
 	root := &cobra.Command{
@@ -50,7 +53,27 @@ func newCommand() *cobra.Command {
 		RunE:  func(c *cobra.Command, _ []string) error { return router.Cleanup(c.Context(), config.StateDir) },
 	}
 	cleanup.Flags().StringVar(&config.StateDir, "state-dir", "/var/lib/sheaf", "directory of settings and keys")
-	root.AddCommand(run, cleanup)
+	restore := &cobra.Command{
+		Use:   "recover",
+		Short: "Put the newest good copy of the settings and keys to the place of a damaged file",
+		Args:  daemon.Args(cobra.NoArgs),
+		RunE: func(c *cobra.Command, _ []string) error {
+			done, err := router.Recover(config.StateDir, time.Now())
+			if errors.Is(err, router.ErrInOrder) {
+				_, err = fmt.Fprintln(c.OutOrStdout(), err)
+				return err
+			}
+			if err != nil {
+				return err
+			}
+			r := done.Revision
+			_, err = fmt.Fprintf(c.OutOrStdout(), "revision %d by %s of %s is back; the damaged file is kept as %s\n",
+				r.Number, r.Author, r.Time.Format(time.DateTime+" MST"), done.Damaged)
+			return err
+		},
+	}
+	restore.Flags().StringVar(&config.StateDir, "state-dir", "/var/lib/sheaf", "directory of settings and keys")
+	root.AddCommand(run, cleanup, restore)
 	return root
 }
 

@@ -250,6 +250,9 @@ func (r *Router) watch(ctx context.Context) {
 		if measuring && r.demote(time.Now(), revision.Settings, r.silence.apply(revision.Settings, statuses)) {
 			r.loop.Poke()
 		}
+		if measuring {
+			r.remember(statuses, revision.Settings, pool)
+		}
 		now := moment{kernel: slices.Clone(pass.Problems)}
 		single := oneUplink(revision.Settings.Multipath, r.mptcp)
 		now.uplinks = describeUplinks(revision.Settings, r.silence.apply(revision.Settings, statuses), pool, nil, nil, single)

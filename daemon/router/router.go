@@ -19,7 +19,6 @@ import (
 	"net"
 	"net/netip"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -57,7 +56,10 @@ type Config struct {
 	Settings []byte // the text of --settings, or nil
 	Socket   string
 	Version  string
-	Log      *slog.Logger
+	// Admin is where the panel is served, HOST:PORT, or :PORT for the LAN's interfaces;
+	// empty for nowhere.
+	Admin string
+	Log   *slog.Logger
 }
 
 // Router is a running daemon. It satisfies webui.Router.
@@ -67,6 +69,7 @@ type Router struct {
 	state  *state
 	kernel *kernel.Kernel
 	loop   *reconcile.Loop
+	panel  *webui.Panel // nil without one
 	pool   *tunnel.Pool
 	meter  meter
 
@@ -89,6 +92,7 @@ type Router struct {
 
 	changing sync.Mutex // orders changes of settings and enrolment
 	joined   chan struct{}
+	tried    chan struct{} // settings are to be confirmed, or have been
 
 	mu       sync.Mutex
 	revision settings.Revision // in force
@@ -100,6 +104,7 @@ type Router struct {
 	direct             directFlows
 	names              names
 	events             *events
+	history            *history
 
 	handed atomic.Int64 // how often endpoints were left to another program
 }
@@ -117,8 +122,8 @@ func Run(ctx context.Context, c Config) (err error) {
 	}
 	defer func() { _ = socket.Close() }()
 
-	r := &Router{config: c, log: c.Log, state: st, pool: tunnel.NewPool(c.Log), joined: make(chan struct{}, 1), silence: newSilence(),
-		events: newEvents(time.Now())}
+	r := &Router{config: c, log: c.Log, state: st, pool: tunnel.NewPool(c.Log), joined: make(chan struct{}, 1), tried: make(chan struct{}, 1), silence: newSilence(),
+		events: newEvents(time.Now()), history: newHistory(st.db, time.Now())}
 	defer r.asking.Wait()
 	r.inbound = tunnel.NewInbound(r.pool, r.connect, c.Log)
 	r.packets = newPackets(c.Log)
@@ -138,6 +143,7 @@ func Run(ctx context.Context, c Config) (err error) {
 			return err
 		}
 	}
+	r.keepCopy()
 	if r.kernel, err = kernel.New(); err != nil {
 		return err
 	}
@@ -147,6 +153,16 @@ func Run(ctx context.Context, c Config) (err error) {
 	r.loop = &reconcile.Loop{Kernel: r.kernel, Want: r.want, Report: r.reconciled, Log: c.Log}
 	r.packets.changed, r.legs.changed = r.loop.Poke, r.loop.Poke
 
+	access, err := webui.OpenAccess(st.db, time.Now)
+	if err != nil {
+		return err
+	}
+	if c.Admin != "" {
+		if r.panel, err = webui.NewPanel(c.Admin, webui.NewPanelHandler(r, access, c.Log), access, c.Log); err != nil {
+			return err
+		}
+		r.panel.Listen(r.revision.Settings.LAN.Interfaces)
+	}
 	listener, err := intercept.Listen(ctx, desired.InterceptPort, c.Log)
 	if err != nil {
 		return err
@@ -178,7 +194,11 @@ func Run(ctx context.Context, c Config) (err error) {
 	work.Go(func() error { r.keepFilling(ctx); return nil })
 	work.Go(func() error { r.watch(ctx); return nil })
 	work.Go(func() error { return r.keepJoining(ctx) })
-	work.Go(func() error { return webui.Serve(ctx, socket, webui.NewRouterHandler(r, c.Log)) })
+	work.Go(func() error { return r.keepConfirming(ctx) })
+	work.Go(func() error { return webui.Serve(ctx, socket, webui.NewRouterHandler(r, access, c.Log)) })
+	if r.panel != nil {
+		work.Go(func() error { return r.panel.Run(ctx) })
+	}
 	work.Go(func() error {
 		listener.Serve(func(client *net.TCPConn, destination netip.AddrPort) { r.carry(ctx, client, destination) })
 		return nil
@@ -189,7 +209,7 @@ func Run(ctx context.Context, c Config) (err error) {
 		return nil
 	})
 	c.Log.Info("router ready", "revision", r.revision.Number, "socket", c.Socket, "kernel", info.Release, "mptcp", info.MPTCP)
-	err = work.Wait()
+	err = errors.Join(work.Wait(), r.history.end(time.Now()))
 
 	cleaning, cancel := context.WithTimeout(context.Background(), cleanTime)
 	defer cancel()
@@ -236,27 +256,6 @@ func Cleanup(ctx context.Context, stateDir string) error {
 		return err
 	}
 	return errors.Join(restore(ctx, k, st, desired.State{}), k.Close())
-}
-
-// applyFile stores the settings given on the command line as a revision of
-// their own, if they differ from those in force.
-func (r *Router) applyFile() error {
-	s, err := settings.Parse(r.config.Settings)
-	if err != nil {
-		return fmt.Errorf("--settings: %w", err)
-	}
-	if token := s.Concentrator.Token; token != "" && !r.used(token) {
-		if _, err := tunnel.ParseToken(token); err != nil {
-			return fmt.Errorf("--settings: concentrator.token: %w", err)
-		}
-		// keepJoining uses it as soon as an uplink is fit.
-		if err := r.state.setPending(token); err != nil {
-			return err
-		}
-	}
-	s.Concentrator.Token = ""
-	r.revision, err = r.state.settings.Put(s, "file", time.Now())
-	return err
 }
 
 // want says what the kernel should hold now. The loop calls it at every wake-up.
@@ -452,111 +451,6 @@ func ranks(s settings.Settings) map[string]tunnel.Rank {
 	return list
 }
 
-// Settings returns the revision in force.
-func (r *Router) Settings(context.Context) (settings.Revision, error) { return r.current(), nil }
-
-// Apply stores settings as a revision and waits for the kernel to follow.
-func (r *Router) Apply(ctx context.Context, s settings.Settings, author string) (settings.Revision, error) {
-	r.changing.Lock()
-	defer r.changing.Unlock()
-	if err := settings.Validate(s); err != nil {
-		return settings.Revision{}, err
-	}
-	// The token is used, not kept: it is worthless afterwards, and a secret until then.
-	token := s.Concentrator.Token
-	s.Concentrator.Token = ""
-	var later error
-	if token != "" && !r.used(token) {
-		// First, so that a refused token leaves everything as it was.
-		_, err := r.join(ctx, token)
-		var unreachable *webui.Error
-		switch {
-		case errors.As(err, &unreachable) && unreachable.Code == webui.CodeConcentratorUnreachable:
-			if err := r.state.setPending(token); err != nil {
-				return settings.Revision{}, err
-			}
-			later = fmt.Errorf("the router joins as soon as it can: %w", err)
-		case err != nil:
-			return settings.Revision{}, err
-		}
-	}
-	revision, err := r.put(ctx, s, author)
-	if later != nil && err == nil {
-		r.kickJoining()
-		err = &webui.Pending{Reason: later.Error()}
-	}
-	return revision, err
-}
-
-// SetUplink changes settings of one uplink, on live connections too.
-func (r *Router) SetUplink(ctx context.Context, name string, change webui.UplinkChange, author string) (settings.Revision, error) {
-	r.changing.Lock()
-	defer r.changing.Unlock()
-	s := r.current().Settings
-	s.Uplinks = slices.Clone(s.Uplinks)
-	i := slices.IndexFunc(s.Uplinks, func(u settings.Uplink) bool { return u.Name == name })
-	if i < 0 {
-		return settings.Revision{}, &webui.Error{Code: webui.CodeUplinkUnknown, Detail: fmt.Sprintf("there is no uplink %q; `sheafctl uplinks` lists them", name)}
-	}
-	s.Uplinks[i] = change.Of(s.Uplinks[i])
-	return r.put(ctx, s, author)
-}
-
-// SetMultipath changes multipath settings.
-func (r *Router) SetMultipath(ctx context.Context, change webui.MultipathChange, author string) (settings.Revision, error) {
-	r.changing.Lock()
-	defer r.changing.Unlock()
-	s := r.current().Settings
-	s.Multipath = change.Of(s.Multipath)
-	if change.Scheduler != nil {
-		info, err := r.kernel.Info()
-		if err != nil {
-			return settings.Revision{}, err
-		}
-		if problem := unoffered(*change.Scheduler, info.Schedulers); problem != nil {
-			return settings.Revision{}, problem
-		}
-	}
-	return r.put(ctx, s, author)
-}
-
-// unoffered refuses a scheduler that is not among those that the kernel lists, and
-// is not approximated. One that lists none is asked by trying.
-func unoffered(scheduler string, offered []string) error {
-	if len(offered) == 0 || slices.Contains(offered, scheduler) || scheduler == firstfit {
-		return nil
-	}
-	if !slices.Contains(offered, firstfit) {
-		offered = append(slices.Clone(offered), firstfit+" (approximated)")
-	}
-	return &settings.Invalid{Problems: []settings.Problem{{Path: "multipath.scheduler",
-		Reason: fmt.Sprintf("this kernel has no scheduler %q: offered are %s", scheduler, strings.Join(offered, ", "))}}}
-}
-
-// put stores settings and makes them so.
-func (r *Router) put(ctx context.Context, s settings.Settings, author string) (settings.Revision, error) {
-	revision, err := r.state.settings.Put(s, author, time.Now())
-	if err != nil {
-		return settings.Revision{}, err
-	}
-	if revision.Number != r.current().Number {
-		r.events.add(time.Now(), webui.Event{Kind: "settings", Text: fmt.Sprintf("revision %d by %s", revision.Number, author)})
-	}
-	r.mu.Lock()
-	r.revision = revision
-	r.mu.Unlock()
-	ctx, cancel := context.WithTimeout(ctx, syncTime)
-	defer cancel()
-	err = r.loop.Sync(ctx)
-	// After the kernel: sessions dialled before would still be of the old kind.
-	r.setPeer()
-	r.setWishes()
-	if err != nil {
-		return revision, &webui.Pending{Reason: err.Error()}
-	}
-	return revision, nil
-}
-
 // Join enrols with the concentrator that made the token.
 func (r *Router) Join(ctx context.Context, token string) (webui.Joined, error) {
 	r.changing.Lock()
@@ -600,6 +494,7 @@ func (r *Router) join(ctx context.Context, text string) (enrolment, error) {
 	if err := r.state.setEnrolment(e); err != nil {
 		return enrolment{}, err
 	}
+	r.keepCopy()
 	r.enrol(&e)
 	ctx, cancel = context.WithTimeout(ctx, syncTime)
 	defer cancel()

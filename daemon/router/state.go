@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"go.etcd.io/bbolt"
-	bbolterrors "go.etcd.io/bbolt/errors"
 
 	"sheaf/daemon/control/settings"
 	"sheaf/daemon/datapath/tunnel"
@@ -49,23 +48,41 @@ func openState(dir string) (*state, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("making the state directory: %w", err)
 	}
-	path := filepath.Join(dir, "state.db")
-	db, err := bbolt.Open(path, 0o600, &bbolt.Options{Timeout: time.Second})
-	if errors.Is(err, bbolterrors.ErrTimeout) {
-		return nil, fmt.Errorf("%s is in use: another sheafd runs on this state directory", path)
+	path := filepath.Join(dir, stateFile)
+	// An empty file would become a new database, and the router another one.
+	if info, err := os.Stat(path); err == nil && info.Size() == 0 {
+		if list, _ := copies(filepath.Join(dir, copyDir)); len(list) > 0 {
+			return nil, damaged(path, errors.New("it is empty"))
+		}
 	}
-	if err != nil {
+	db, err := openWhole(path, bbolt.Options{})
+	switch {
+	case errors.Is(err, errInUse):
+		return nil, fmt.Errorf("%s is in use: %w", path, err)
+	case errors.Is(err, errDamaged):
+		return nil, damaged(path, err)
+	case err != nil:
 		return nil, fmt.Errorf("opening the state %s: %w", path, err)
 	}
 	s := &state{db: db}
 	if s.settings, err = settings.Open(db); err == nil {
 		err = db.Update(s.loadIdentity)
 	}
-	if err != nil {
-		_ = db.Close()
-		return nil, fmt.Errorf("reading the state %s: %w", path, err)
+	switch {
+	case errors.Is(err, settings.ErrNewer):
+		return nil, errors.Join(err, db.Close())
+	case err != nil:
+		return nil, errors.Join(damaged(path, err), db.Close())
 	}
 	return s, nil
+}
+
+// damaged is one sentence on what to do.
+func damaged(path string, err error) error {
+	if !errors.Is(err, errDamaged) {
+		err = fmt.Errorf("%w: %w", errDamaged, err)
+	}
+	return fmt.Errorf("the state %s cannot be read: run `sheafd recover --state-dir %s`, which restores the newest good copy: %w", path, filepath.Dir(path), err)
 }
 
 func (s *state) loadIdentity(tx *bbolt.Tx) error {

@@ -106,6 +106,11 @@ func (r *Router) Status(ctx context.Context) (webui.Status, error) {
 		Settings: webui.SettingsStatus{Revision: revision.Number},
 		Problems: []string{},
 	}
+	if u, err := r.Unconfirmed(ctx); err != nil {
+		return webui.Status{}, err
+	} else if u != nil {
+		s.Settings.Unconfirmed = webui.NewUnconfirmed(*u, time.Now())
+	}
 	statuses = r.silence.apply(revision.Settings, statuses)
 	single := oneUplink(revision.Settings.Multipath, info.MPTCP)
 	s.Uplinks = describeUplinks(revision.Settings, statuses, pool, rates, loss, single)

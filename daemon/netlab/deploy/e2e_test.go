@@ -12,6 +12,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -345,6 +346,12 @@ func TestDownloadSurvivesFaultsModesAndSettings(t *testing.T) {
 	}
 	if err := <-d.done; err != nil {
 		t.Fatal(err)
+	}
+	var past webui.History
+	w.need(w.get("/api/v1/uplinks/uplink1/history?last_s=600", &past))
+	busy := slices.ContainsFunc(past.RxBps, func(rx *uint64) bool { return rx != nil && *rx > 1e6 })
+	if measured := slices.ContainsFunc(past.RTTMs, func(ms *float64) bool { return ms != nil && *ms > 1 }); !busy || !measured {
+		t.Errorf("the history of uplink1 knows nothing of the download: %+v", past)
 	}
 }
 

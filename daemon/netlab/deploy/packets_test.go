@@ -187,13 +187,7 @@ func (w *world) enrolled(name string) webui.EnrolledRouter {
 // scrape gets the metrics of the daemon on a socket.
 func (w *world) scrape(socket string) string {
 	w.t.Helper()
-	client := http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{
-		DisableKeepAlives: true,
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, "unix", socket)
-		},
-	}}
-	response, err := client.Get("http://sheaf/metrics")
+	response, err := overSocket(socket).Get("http://sheaf/metrics")
 	w.need(err)
 	defer func() { _ = response.Body.Close() }()
 	text, err := io.ReadAll(response.Body)

@@ -296,7 +296,7 @@ func (r *stormRun) prepare(ctx context.Context) error {
 }
 
 func (r *stormRun) apply(ctx context.Context, s settings.Settings) error {
-	_, err := r.client.Apply(ctx, s.YAML())
+	_, err := r.client.Apply(ctx, s.YAML(), 0)
 	return err
 }
 

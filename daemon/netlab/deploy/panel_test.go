@@ -1,0 +1,101 @@
+package deploy
+
+import (
+	"context"
+	"crypto/tls"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/cookiejar"
+	"strings"
+	"testing"
+	"time"
+
+	"sheaf/daemon/netlab"
+	"sheaf/webui"
+)
+
+// panelAddress is where the lab's router serves it.
+const panelAddress = "192.168.77.1:8443"
+
+// visitor is a browser on a Host: it keeps cookies, and trusts the certificate.
+func (w *world) visitor(h *netlab.Host) *http.Client {
+	w.t.Helper()
+	jar, err := cookiejar.New(nil)
+	w.need(err)
+	return &http.Client{Timeout: 10 * time.Second, Jar: jar, Transport: &http.Transport{
+		DisableKeepAlives: true,
+		TLSClientConfig:   &tls.Config{InsecureSkipVerify: true}, //nolint:gosec // as a person who has clicked on "proceed"
+		DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
+			return h.Dial(ctx, network, address)
+		},
+	}}
+}
+
+// ask makes one request of the panel.
+func (w *world) panel(c *http.Client, method, url, body string) (status int, answer string, err error) {
+	w.t.Helper()
+	request, err := http.NewRequest(method, url, strings.NewReader(body))
+	w.need(err)
+	if body != "" {
+		request.Header.Set("Content-Type", "application/json")
+	}
+	response, err := c.Do(request)
+	if err != nil {
+		return 0, "", err
+	}
+	defer func() { _ = response.Body.Close() }()
+	text, err := io.ReadAll(response.Body)
+	return response.StatusCode, string(text), err
+}
+
+// The panel is there for the LAN's clients, who log in, and for nobody on an uplink; a
+// restart ends no session, and an interface that comes back is served again.
+func TestPanelOnTheLANAlone(t *testing.T) {
+	w := up(t)
+	client := w.visitor(w.Lab.LAN)
+	ask := func(want int, part, method, path, body string) {
+		t.Helper()
+		w.soon(method+" "+path, func() error {
+			status, answer, err := w.panel(client, method, "https://"+panelAddress+path, body)
+			if err != nil || status != want || !strings.Contains(answer, part) {
+				return fmt.Errorf("%d %s %w", status, answer, err)
+			}
+			return nil
+		})
+	}
+	ask(401, webui.CodeLoginRequired, "GET", "/api/v1/status", "")
+	if status, answer, err := w.panel(client, "GET", "https://[fd77::1]:8443/api/v1/access", ""); status != 200 || err != nil {
+		t.Errorf("by IPv6: %d %s %v", status, answer, err)
+	}
+	ask(204, "", "POST", "/api/v1/access/claim", `{"password":"correct horse battery"}`)
+	ask(200, `"author":"panel"`, "PUT", "/api/v1/uplinks/uplink2/mode", `{"mode":"off"}`)
+	w.untilUplink(2, "is off", func(u webui.UplinkStatus) bool { return u.State == "off" })
+	w.need(w.Router.Stop(15 * time.Second))
+	w.need(w.StartRouter(""))
+	ask(200, `"name":"panel"`, "GET", "/api/v1/access", "")
+
+	for _, u := range w.Lab.Uplinks {
+		for _, address := range []string{u.Address(), u.Address6()} {
+			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+			if c, err := w.Lab.Core.Dial(ctx, "tcp", net.JoinHostPort(address, "8443")); err == nil {
+				_ = c.Close()
+				t.Errorf("the panel answers on %s to who comes by uplink%d", address, u.Number)
+			}
+			cancel()
+		}
+	}
+
+	// Another password, from the device itself, ends the session.
+	ctl := w.Lab.Router.Command(w.Binaries+"/sheafctl", "--socket", w.Socket(), "password")
+	ctl.Stdin = strings.NewReader("staple battery horse\n")
+	ctl.Stderr = w.log
+	p, err := w.Lab.Router.Start(ctl)
+	w.need(err)
+	w.need(p.Wait())
+	ask(401, webui.CodeLoginRequired, "GET", "/api/v1/status", "")
+	ask(401, webui.CodeWrongPassword, "POST", "/api/v1/access/login", `{"password":"correct horse battery"}`)
+	ask(204, "", "POST", "/api/v1/access/login", `{"password":"staple battery horse"}`)
+	ask(200, `"state":`, "GET", "/api/v1/status", "")
+}
