@@ -95,8 +95,8 @@ type Identity struct {
 	Name string
 	// Write says whether it may change anything.
 	Write bool
-	// session is its key, if it is one.
-	session []byte
+	// session or token is its key, if it has come by one.
+	session, token []byte
 }
 
 // grant is a session or a token as it is stored.
@@ -245,7 +245,21 @@ func (a *Access) Token(token string) (Identity, bool, error) {
 	if err != nil || !ok {
 		return Identity{}, false, err
 	}
-	return Identity{Name: "token " + g.Name, Write: g.Write}, true, a.seen(tokensBucket, key, g)
+	return Identity{Name: "token " + g.Name, Write: g.Write, token: key}, true, a.seen(tokensBucket, key, g)
+}
+
+// live says whether somebody still may what they could. It is no use of a session, which
+// ends beside a page that is only open.
+func (a *Access) live(who Identity) (bool, error) {
+	switch {
+	case who.session != nil:
+		g, ok, err := a.find(sessionsBucket, who.session)
+		return ok && !a.over(g), err
+	case who.token != nil:
+		_, ok, err := a.find(tokensBucket, who.token)
+		return ok, err
+	}
+	return true, nil
 }
 
 func (a *Access) find(bucket, key []byte) (g grant, ok bool, err error) {

@@ -582,6 +582,12 @@ type JoinJSONBody struct {
 	Token string `json:"token"`
 }
 
+// GetLiveParams defines parameters for GetLive.
+type GetLiveParams struct {
+	// LastEventID The last event that has been seen
+	LastEventID string `json:"Last-Event-ID,omitempty"`
+}
+
 // SetMultipathParams defines parameters for SetMultipath.
 type SetMultipathParams struct {
 	// ConfirmS Takes the change back after so many seconds unless it is confirmed until then. 0, or
@@ -737,6 +743,9 @@ type ServerInterface interface {
 	// Join Enrol with the concentrator that made the token
 	// (POST /join)
 	Join(c *gin.Context)
+	// GetLive The status every second, and what happens as it does, as server-sent events
+	// (GET /live)
+	GetLive(c *gin.Context, params GetLiveParams)
 	// SetMultipath Change multipath settings
 	// (PATCH /multipath)
 	SetMultipath(c *gin.Context, params SetMultipathParams)
@@ -1037,6 +1046,46 @@ func (siw *ServerInterfaceWrapper) Join(c *gin.Context) {
 	}
 
 	siw.Handler.Join(c)
+}
+
+// GetLive operation middleware
+func (siw *ServerInterfaceWrapper) GetLive(c *gin.Context) {
+
+	var err error
+	_ = err
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params GetLiveParams
+
+	headers := c.Request.Header
+
+	// ------------- Optional header parameter "Last-Event-ID" -------------
+	if valueList, found := headers[http.CanonicalHeaderKey("Last-Event-ID")]; found {
+		var LastEventID string
+		n := len(valueList)
+		if n != 1 {
+			siw.ErrorHandler(c, fmt.Errorf("Expected one value for Last-Event-ID, got %d", n), http.StatusBadRequest)
+			return
+		}
+
+		err = runtime.BindStyledParameterWithOptions("simple", "Last-Event-ID", valueList[0], &LastEventID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""})
+		if err != nil {
+			siw.ErrorHandler(c, fmt.Errorf("Invalid format for parameter Last-Event-ID: %w", err), http.StatusBadRequest)
+			return
+		}
+
+		params.LastEventID = LastEventID
+
+	}
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		middleware(c)
+		if c.IsAborted() {
+			return
+		}
+	}
+
+	siw.Handler.GetLive(c, params)
 }
 
 // SetMultipath operation middleware
@@ -1498,6 +1547,7 @@ func RegisterHandlersWithOptions(router gin.IRouter, si ServerInterface, options
 	router.POST(options.BaseURL+"/confirm", wrapper.Confirm)
 	router.GET(options.BaseURL+"/flows", wrapper.GetFlows)
 	router.GET(options.BaseURL+"/events", wrapper.GetEvents)
+	router.GET(options.BaseURL+"/live", wrapper.GetLive)
 	router.POST(options.BaseURL+"/join", wrapper.Join)
 	router.GET(options.BaseURL+"/access", wrapper.GetAccess)
 	router.POST(options.BaseURL+"/access/claim", wrapper.Claim)
@@ -2090,6 +2140,74 @@ type JoindefaultApplicationProblemPlusJSONResponse struct {
 }
 
 func (response JoindefaultApplicationProblemPlusJSONResponse) VisitJoinResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/problem+json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type GetLiveRequestObject struct {
+	Params GetLiveParams
+}
+
+type GetLiveResponseObject interface {
+	VisitGetLiveResponse(w http.ResponseWriter) error
+}
+
+type GetLive200TextEventStreamResponse struct {
+	Body          io.Reader
+	ContentLength int64
+}
+
+func (response GetLive200TextEventStreamResponse) VisitGetLiveResponse(w http.ResponseWriter) error {
+
+	w.Header().Set("Content-Type", "text/event-stream")
+	if response.ContentLength != 0 {
+		w.Header().Set("Content-Length", fmt.Sprint(response.ContentLength))
+	}
+	w.WriteHeader(200)
+
+	if closer, ok := response.Body.(io.ReadCloser); ok {
+		defer closer.Close()
+	}
+	flusher, ok := w.(http.Flusher)
+	if !ok {
+		// If w doesn't support flushing, fall back to io.Copy.
+		_, err := io.Copy(w, response.Body)
+		return err
+	}
+	// text/event-stream messages are typically small; use a
+	// modest buffer and flush after each chunk so clients see
+	// events immediately instead of waiting on OS buffering.
+	buf := make([]byte, 4096)
+	for {
+		n, err := response.Body.Read(buf)
+		if n > 0 {
+			if _, writeErr := w.Write(buf[:n]); writeErr != nil {
+				return writeErr
+			}
+			flusher.Flush()
+		}
+		if err != nil {
+			if err == io.EOF {
+				return nil
+			}
+			return err
+		}
+	}
+}
+
+type GetLivedefaultApplicationProblemPlusJSONResponse struct {
+	Body       Problem
+	StatusCode int
+}
+
+func (response GetLivedefaultApplicationProblemPlusJSONResponse) VisitGetLiveResponse(w http.ResponseWriter) error {
 
 	var buf bytes.Buffer
 	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
@@ -2734,6 +2852,9 @@ type StrictServerInterface interface {
 	// Join Enrol with the concentrator that made the token
 	// (POST /join)
 	Join(ctx context.Context, request JoinRequestObject) (JoinResponseObject, error)
+	// GetLive The status every second, and what happens as it does, as server-sent events
+	// (GET /live)
+	GetLive(ctx context.Context, request GetLiveRequestObject) (GetLiveResponseObject, error)
 	// SetMultipath Change multipath settings
 	// (PATCH /multipath)
 	SetMultipath(ctx context.Context, request SetMultipathRequestObject) (SetMultipathResponseObject, error)
@@ -3305,6 +3426,32 @@ func (sh *strictHandler) Join(ctx *gin.Context) {
 	}
 }
 
+// GetLive operation middleware
+func (sh *strictHandler) GetLive(ctx *gin.Context, params GetLiveParams) {
+	var request GetLiveRequestObject
+
+	request.Params = params
+
+	handler := func(ctx *gin.Context, request interface{}) (interface{}, error) {
+		return sh.ssi.GetLive(ctx, request.(GetLiveRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "GetLive")
+	}
+
+	response, err := handler(ctx, request)
+
+	if err != nil {
+		sh.options.HandlerErrorFunc(ctx, err)
+	} else if validResponse, ok := response.(GetLiveResponseObject); ok {
+		if err := validResponse.VisitGetLiveResponse(ctx.Writer); err != nil {
+			sh.options.ResponseErrorHandlerFunc(ctx, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(ctx, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
 // SetMultipath operation middleware
 func (sh *strictHandler) SetMultipath(ctx *gin.Context, params SetMultipathParams) {
 	var request SetMultipathRequestObject
@@ -3722,133 +3869,136 @@ func (sh *strictHandler) SetUplinkMode(ctx *gin.Context, name Name, params SetUp
 // const string: with thousands of chunks the chained `+` fold is several
 // times slower for the Go compiler than parsing a slice literal.
 var swaggerSpec = []string{
-	"3H1rc9s4tuBfQXFvVWZqGVtO0rm37U/uJD3tmSSdbSfbtRV7FYg8ktAmAQ4AWtGm/N+3cPAgKIJ6OE76",
-	"znzKQyQBnPcbX7JC1I3gwLXKTr9kS6AlSPzrq/d0Yf4sQRWSNZoJnp1m75dAJNwyxQR/pAhv6xlIwjgp",
-	"RTurgPyzFRpUlmdzIcnF/PEbqotldsrbqsozVSyhpuajet1AdpopLRlfZHd3d3nWUElr0G71F4LPmawT",
-	"G6A3oIheAimWlC+AzGhxQ+hcgyRKkJryNVFQCF4q0vIKlCJME6ZIYb8IJWm5ZpX5BD8ik5wIecVXTC9F",
-	"qwnTefxtpelaHV3xLM+YWfyfLch1lmec1mb77pNTc97ubCXMaVvp7HSSZzX9zOq2zk6fPp+YfzJu/znJ",
-	"PQgY17AAmRkQXLwcnvdckYopDaXfQ0P1stsCM/8v4Z8tk1Bmp1q2EO+loVqDNK/934+Txz/Sx/PrLyfP",
-	"7/4jywcoyLOLucNWCumGHIiYI3Q8ARC9pDqG14oqUtMSyFyKmvzlt59fkB9PTiYGIeZT5OTp0cnRyV+P",
-	"yMX8ilMu9NIQjzL0MxeyAPwW5Wpl//vZyZOcUF4SphVppJhVUCtiTk5WfmX8hnIbKCNcWVLuIBWIcQQ+",
-	"V5mB0PWXk/zJ5O4qS4PoLX4rBR/clZgTyknbVIzfpPGFf2zDWGJN5LGRVS3/mXUDVtILR7+OLz4XsqY6",
-	"O81axvXzZ9kOir2z3wKlfxIlA2Tcl6Joa+Da/L0QXLu/0qapWEHN1o//UGb/X6J1/0PCPDvN/sdxJ42O",
-	"7a/q+BK0ZnyhwofNsvHn1rSu+p9LSJf+me/y7B1VaiVkedA+aVky8xOt3knRgNR46DmtFORZE/2Xoazu",
-	"+0Ocdtv52D15HUAsZn9AoZM7x/9RjeDKrnPBfzac82Dg/s3TCS6+IYtiGkuoitR33WPH+Ax+87VYLKC8",
-	"4GmKVqCcbimEuGFg5IACbcQ00fQGOKEruu6vfwn68Qt8egcd3OXZbzBvFWxDuxM0//MwuL2zb42Bbd4q",
-	"WjmJ+OyH//xrdpdnl1pIKL8L5mK1jRDFpXMyazXhQhNaVUaIWE0ZpPEa9BnK3hWVnPEFUXStyGq5vj/6",
-	"77y4wTfPiwKUutRUt2pIDr8vBaHqxmjXPm8VFWX1VDSA0DEKYrUUcAuSFKIGReZMKk1qaiwBo9O9/TGA",
-	"iUTy4oJDJ+1nQlRAuUEQrmMxNPIqJYF7Ux/gSXXxu9FdHhuKLOktEIo2DZOEtnop5ClpKIcqJ0oUN4b6",
-	"tTCk//b8zaszAnWj1wZF5thkSRWisEK2IowPFZeBuWhwJ8CNMP+YoRqgZtcryTREsse9lGefHy/E4+2i",
-	"ywMoj1GSeyVnFx1KtTx7gdp6CJlfuREAKO+tbcEUKdl8DtJwxyYZGCNjBLpMG1skN2BlnFD/UUMaFZwR",
-	"OlPANWFozkhrtxhrxB58AD3UpMPNWmPIfRrXsppffaw0XB/VooQza6gYHFFrIjBrwJRktjaUmVhNi/FD",
-	"MTXcPNuy94Gq0cshQjZQ7UB15JAU/fqY1Y2Q2hlOS/PwEuj8uKRQC35spJgU1bH/Ai5vv6LGjrQNv0X3",
-	"KtNQq10C0G34LpyPSknXQ6J1n00SpuAFcC2pFnJMLBlZOqeSAC8HW6ZlKUGNvCQ4GGpsFeRkKZQ+NcD0",
-	"7DyDuZBA/hCMj1DhnPEFyEYyqyiSxFhE+3+kSMM4h5LcwDr1QVZWMHX6VkX6Mhh4nQAbCpTotQ1t1xrP",
-	"ShsdBqVX5yonZjUDAuRIs9dGiIowXlRtCZH4jB2iGG1OqHgI9+ERbWjzXCk0v3x7Oa50DE8ZR48ZP1NY",
-	"h0e0GgxAxYoTtwOyEAP0K5C3KVP93L7icb1asgoIFzNRrlGLqJsYApEoWErRLhKyR7cc1cNVZkUOaoar",
-	"zBhJ+8oCt9dukRSgXt1CitouRQ24ipXSRrwtadOAIbYeyAYQYglt+jcpVsrIQ8Mg6DmCWdZ8Cf9ifUBh",
-	"9LsEpanUyulLUlSiuCGl8CGHDe9lSNA3jJexHrSiC+nHCa08C/6bhbLRbhFbZXl2A9L8/546M880fNYj",
-	"AtCD7Yi8N/+MHUh7asvXdidkBgvGFVkxvcT/5rAiSlMNTtNdcUvWFmLWVadKGHuuqhDIsGS8JJQUohLc",
-	"esvD7TLL9AGeJdXwGP838bSD1uB4F9pqutxoKmtY0ploNelZWyPEiWENtyKizAFxlEbVKHw70rShHVGV",
-	"oLS1EQfkCeFbe2kcyx4DhWPcZqVShuMvYmVDVIhXocDyPhpzVAIacjfQaGKeqYWEvch6A3juEGEXKaD9",
-	"TOWbttIsbdr8hDKqWJKGGvOTmPOWbQUS6aoQRn9iQMep/IHuIQp4qfKevGP6intjVVFWEiUsna6WlvWt",
-	"IWORxCEYgCvKNZRIqhv2QdjH1O0jqaqGj00tVySf7n5KW3seEmkr2/+40+mPv+OWTO0027b9JF4rsUrb",
-	"1RW7BfL+xTuDJ+7icRg3en3+lhQVQ0FrnGxBqKHHFZUllMTYKEfkp7UGhRTa0HUlaEkU4wVccaaNUKL8",
-	"jLSNQRYyuAXV6/O3Rwms0QVMVV+8YOi4A6gNalkHjCX1T7CezFrGCRJW96QNasPvjFP7bgLlpVjx6cyc",
-	"MB0DG2oRxmei5WnH0MESgWENnQuujcLQQShHG7JOpAP3I3VEfjeyXYnW+N9XmdWiV9kV1+HLj1QwQRzH",
-	"KABOjN3SE+iRH4rI2l+kj5odJZNQaJRWgUMR/Y7FI1VlXCoD2CwPujaoU/uZ/fVn2xyGHueGbVEJC7N9",
-	"tCiAFssj8osx+uaS1mCEFi/kGl9x4omiN0nQ7dIrVhhZ13JNqLriK6jQTTdnXxvEGEZAHqqY1hWgFDeQ",
-	"ckavZR8Xp95Hx3zAwyAD7nZtLL/0Sb4j1w6zniRyx44RjHv80MFyTNgkoPzaSJq5+S13Ss5ZibcGGrdQ",
-	"klqMauC5/+ZewEFxl9C/WmhabVG/1nOmEs4i/BjxZnMtZLUEiy/zb8wetXq34rWr5u4MSYhZRh9zPoyc",
-	"RrHmBIIXpZFx2ofWqH/m/fQNP0QPNPWmgXHyPMlSjRRaFFbDBn4uGkMgZbM/J29RvFbmxd8P1Ox8ib1X",
-	"QZN4eHppQ7+nxtXYBMMZaYCXjC9Oja3qzRSbikLfzG+KFprd2hSODSTnmXvzAH9AbFNpzj1+ff52p5ns",
-	"fOKAHId3XCFA1MMjQD9FmL8wpYVcJ0iGKOsKG1vhFiRdGBGJnpqw0pMYMpG3tDojvK0qwzvWkkUHEVOC",
-	"QFVrwdgnX/RnRm0tG8b1X48Jdav28i9MR2IalUgFaC6Xhv3FnChY1EbGWHFPF5Tx3OBEaWgQCpOjyWRy",
-	"EovvMUvmozdl8sxAJrtOSCqp9bRO7Oeit+JJTqi2YvP5Dz88PXr2YMt/ns6axPK/QQHs1oYpDS4QqHNa",
-	"QB8WJ/lkMknuZUM9fwwY2LIZHTbzEN/b4BVLaz3yCMcPSwd8ODJJscqFB8U2KW6M6gCzA8S2BOUs3k0r",
-	"boz17Qupjf5dMA5jRmrsrKF6pi5kg8IPuBRVZRQhwyTyaJQz5W11uiX1wEYYc0eCoa+p0sG/1Nn/gSGa",
-	"8SCfqx6QLcfElo3okIJyUoqUo+k8psS3XilNZxVTSyhteDMURfiPGlvRyEysdmikWEhaq0ch9HlEfuXV",
-	"mtxOjn787ENZQ6lVN0bdRtqxbZSWQOssz/BVwwiCwyG6uAKqRsK77WyeNu7OFYnBsdMm8qv4E6SQ9fr8",
-	"7bZgu2IleEvI2gRDQyjw2v624yYf7xIg0RKpQ7wR5UhpiNmnC8gXS2HcB+9AhUijRyqa62I+z/JsRoub",
-	"drdp5bM1uPxX5mpCRKjLz22teEgndLQgM18RFCzY2n862LIuNYZhQVS1WGyFcUzzv4lsEBQ3qq0TsjE+",
-	"trphzWPR2D0/bgRize04GQwa0v9YPiy8+iIEZ+4P7gP2DJzOKii/7uBmV9OacrpIhadGjvyO6uUb9853",
-	"OuyWGNohX1nzqQQtHe1syKi9P3SX4nNPyTuVi+d7jGAqMgMUZKsN9eAk/oaGvaWsMlifxnjry7ahW7Fh",
-	"TnUfCUA9QBeK+dw8nx+w4Kbu3+q5xwHou5BT2fFWeOV/06q1AZFwtikXGrbkmW36VWmgpQ18dlFtZwBF",
-	"GEH3b0lvwRUgKkKbRorPrKY6nauzYeqDD7ChZNxXAjwGuackUvNRgrneRsFuD0mlNRTYBmgGhoaKD5HO",
-	"o1J3uKg99CMMbNqyUlSX2lU/VKCVDSy5hFYKD+PScqcU3BHC3yVWBnkYt5ONZfNe8D8Arv/1JMxSyHyH",
-	"GZpt5hMiUcwJ3IJcR1lbFzymmBQwULW1XmiuglQ22djlGkOmNOkLPBspFfeJc8Y5SB+39nmhUIjdd0cw",
-	"QMtugY/E891XnqeD+VI0atxy2S+A3D+IBbEz7FcuuEFKqNgt2Cq6NQk5nAGCytYW9KUY7RIL1UkhGhdh",
-	"Qe1jQ0wu97ZvYrvWbSqPp0fcCQlCliBT7uHwuOGors6ekoqaP20md5/dyc9Tf5yhu9yljEKGYJ9vhihf",
-	"5xG54PUhkULjQk3Hq1nevDPc4X+3MFHaqISZLcFz8XH7SwWacEE+vHxHXKQ992rfBsLFvEfqR1HVyvCA",
-	"ujXywBY8pGPZYq5dnPr9h7ekhFsjLUMRPuWw2hOWegt+Lrgr6TgAO5vZTheADMIiYmJLur0t9Oilx0Ex",
-	"4Xpe3wDUEKlJsenKdRPxTlesm4gCpBy8t7bu1NaUoQCtgY6VcJWgKatGbBSDt5UUfJHbEGreZZ+0sGGJ",
-	"RLzINkUkwhK0MHI7lvbxx7vawS7/YZR7U1Hnn6LsDbZfHxQV45AMWSKZwGfthIdLmqUzCocWVT6xJZUp",
-	"MIymFQbBiHQAfMz9cUTylW71ppmsgrJOMCLTFWwxtgfkWq3Qa56JVp/OKspvzoghVMQ3kg5UVdQ8Qxsq",
-	"9c68Av7qNxM2nFsWSLFTqD1PBkNpUUBjqwG1DbGPpLNs8fNIXUa3wk754xDmWl/ehnqCsPCePSf3qIbi",
-	"oc9sZ2I3evQA19bV4qeEyHp7Lf9OtEfdHe58DiER5LZh/7Kta5pKIhkiCO0HQaox7aNEhxBCMVZQ/LMU",
-	"dSgesuW0eZdHeqRsaaGtv8AOPXWGpf+dQIze9NbxDTR630z9WP3xAxHvIYS4P2K3VUN7vKrtfaDO+KES",
-	"PLj6yJTxZ/aC5CZB7QrNdiukjnG52fxwn86HPLu09kS6GhZLeX07RtyKsWd9uC07tm0LvpoJ+xsSMqaQ",
-	"QF2oYT+hVLRSJuuoLrT3tEM5j2u4GbrOrBwpBIcESH5nxvQgc+PH1Iy3ul+guz/lYiGoP7BbLc4D+aMl",
-	"8R5J+6E8MmRXgQavlHQqUq/O0A2ji64GAzFs42UVJHuTlNrIQuxJA29Br4S8QSfBpjmiWgA0hU5+fHI0",
-	"OXpyNDl+8iyJaLN4TOmRP5nl2aytbob0buxSZXNL/f1MjN35/GnaehNJp8QXsGAlISUSu4LNxieTyeTx",
-	"k4nNFqfM2C3VJXnGijqRCUl0I42kbHcFKvsIwl6r4dk+KMzwFYAaLFIOw10NNuDqebaRxYOU8nx14c79",
-	"CnG+e03LPkiuKB9CuUy2rNiOc8d0j9LdH96j77vCCTmZzkTuCJ6P5xpz3HPqwHVcwP314dhQ4dQipIt2",
-	"xgojNGZphG+Ns4pWT8V8qiUku/wqGzux4V7Xz2AjLT6VvVEnxHgJcrqgGoy7k7YLV7ycVqxmTjUOUqpJ",
-	"wQezdpE+Am/rqa8FGgn2DjCyGV4OXSZuJESezduqqkFhY37J5nMrR3N3QvO/oDEnfJ0fHJwezdmHskcM",
-	"Bbv9kW59NDhUTk4Mxf9XOtj250a+o9OlOCEq+N2tdPs/OJpKRiJq0EtREvfIKaGcXLwLxdfGlSG809m9",
-	"MqmUlrOfi+kCPjOlrc3p97FdIu/cYm8TUaW4FtiSMWJTbqDPbTQF6e6AKRKsXYhsawbMPLOttbCRgA2h",
-	"qRNfaOVCVCgzugwe+nhzpnOCVouxN85sAa9YgbLOyZxhSZOvO04FxZWobpNZ0vPQpmP2rYb17syWu+dx",
-	"itH87PF6SB51BWyx1OnTK6xT3Di9fQFKx8InPTNrR0NlTLIuvuaZZR8ta8DlvKJCcKWz05MUaFdL4FML",
-	"qimG6GPpaNsB8mxWieJmt53nl7QqvuP+WCMmVtw36nfZRae+Kuw3GFxixFBV/TrPTj/uG366zgcZI+eF",
-	"WCdkjYStgOsj8j4k6cgfbbmwU5Jqa6wizdKq2owFz9akYhyuuHnKnMw2JsRw+UMJfvQbXb0BpagNb/hN",
-	"bC3a8hv1EajRsMDeXR3fOLQ2FjNJupZbTu7MRV/IRDjmqQcVhXtXSiR60u9yb8hue7Hrch7zQLYWaPRa",
-	"FRKcv1/FRq8Qs7PKt73SlQNuGrl7VVZ070Ypra2jW+IU+takyiVwbRSTMqZAKO9RS9FWJZFAy9zWaCuQ",
-	"TLQqqJr9Rf+hEeoIPdYl2fHee3yqeytlOe3uRhonikgd7CvEgy+VluNjhTBW9sephDhfbmndskmE0RQv",
-	"v0+7++du5gqqWtsNS3317shYmkPjciMhtfGhCz6QuZUy8KFDInNnRla5zbtmbRyIgplN1+Ny39BdbxTM",
-	"IJKXREdMoak4KZZRvz5/S7Sk8zkrDOMVSz8UsE8kG84/GhrTES8J+2C70maf0Z9r4qcDduZeTmZQ0FaF",
-	"kK2xMELX2No2RSa12J6Lu4CJMy55XOrUM1jH26nSPVBtc2oLgfyQAW8QCE4KKjHs4V2tM1LCQtISytMA",
-	"a9fW5+dGYQulSzgZayMqZbbVGO4DBxZmjJQPhCIbC8S8j9AUMX3o2wwjtlRIX9gBYzhR0s2ODDZWNz7S",
-	"oIbVQ3vGvDZNhcF6w7dWWAcSrKNC1HaE5Z6FGiXQ0mff9xMyEmqKM2X27ro+zDAbTzV5gES77m8nibGo",
-	"3TUhkw2qH3kvyBUkhir6PePsxo1CV81KdcNn2O1qO1SR4zFVKOw8MaKTpReHd42np4G9ciMSgBMuPFcy",
-	"RW64ESla2F0tqW0d7zIfX9klvWu6TrofeBxjD9syEIagHNolsHcE4pDS+V5A4r615LFb/5D16D2LLJmQ",
-	"8eNktjkko8xyaUcRbFRueo2YnOWSZ1aTyLFicxzh68w11xaFBUi+EFVZvaKXzFf/nJKSaoqm118o+V8f",
-	"Ll5E2vKKY7kDMvVfc2LLv8hfUqV7TFvR4WLOdm1nd/41mp5k3eBoWJ5fPpSX7Z83dsCYjk0W+X25DojR",
-	"JFpo8KUoVpnueh0NzFWQKBhpy8bFsbzGH8CdLETIe/zOJPytxa5089SHl+9Se6xgsfWkuhudWMHilKgw",
-	"Skr4CQl6SSTU4haUSwpYdvDDMagfamTTcOYzuXuwoNzAsFU2NNcNchrs8uAeYCx5rdY+vtgziXe03R4g",
-	"Irz4un8/2G4vwjLedAcIPHtWxp/9Lmd3+xpriL6shWHXkkjR8vKxlqxBOyza7DfdmJrKz/tqev+G/pwM",
-	"2htZFeSZEw+Y30dd52Z1HZHQmeMkmnvSyU+miGok0JLM1nY8jGtfsSOaWlc+4PFIK8HdfJi9TlBRxqc6",
-	"VRZw6SXqQFjMoaqs9awFwS8YkT7G44YiG8fiyUzqtilN9yASA/WQRfo2lHJwN/3+5fMHWZqD0nhDOmsr",
-	"LbB6fbY2Jh6fY5GvtazGsqSjpfOj6UaneINOmdvZU9tr3QPk9ixX/2pTN5H3GPiZnTncpXH6AwKSIwQ+",
-	"B9NZd3+NSK9jLquZe1qzs54GpkNPsPTkUl+qb8rSxGDxPFNQtJLp9aWxiv34ypEKt3Ns+6jEYmGYmPEz",
-	"z/tAWs4+uynFYeaHH2lJ5hiEwWn0dpp3N49+Ov1FKP0Y0ygdzmjD/gFugo+LyqHVjpIBqIznri21buys",
-	"a8bnCbf7Azccb9SZC6ZgFuSUfJrW6hOpWVUxd1FETj5N1ScS/WvWqE9khtcOgHQ/HJHzK+5GmdQ4CsrJ",
-	"565a1PzRVtUReYUhFj/2G60dV0x+FiYAkGIphAI7CFhd8U+FKOFTThoQTYWTG+3FB59s18AnK7yVr7Ht",
-	"Gjf9qGgDykJbBRAWoQqT0/hjmfeKb+10G3UUKr2N+gc672Z3hmhudoJVHQ1w2rDsNHt6dHI0cel9JJ1j",
-	"iqO8MaMO6OPY8DgT/KLMTrO/gbbDvrON+fVPJpMHm4DeGyeeGsReKbFlbjY+7+7uSC8Udn7sx8jHnJSd",
-	"fvxyd91HkZ1gHrdyeHrBng5fbVy7kuMwcMh818H0GGdrY+pRqARoX+DP8VUM6/H9R7c1HIcrEO4GOHm2",
-	"GwJhjP/Dg+0SdDQAyE9Yt0CsxAJxFcGnEm6KUBo+r4Ud/PLvA5/XSRiIVm8FgsARZn/GQcLGX7kBiF7R",
-	"xCeIL8xo2sQRLkG/64btb2DzW1zhIapyrKPWbsM1sHKxihSi04WdRx+rwoQz9m2uCUkjun+Ul4LDAyDV",
-	"Rv6cJopZFXhpcwMYZQnmX4z0uPFyTG9cdnbjV2mOvfKbvsh/WKCZvFODw6obJvz1oDT6gsX9AylYHX9h",
-	"5Z3FZgXWzO/D7BUv/TH612qNlJ10jxxfvMSak+9GO0aSKd8+YQRUfGA0AbeSxnv7xPcgDJsl/nPIwnzS",
-	"AiPORscmnq0TTwn+t7CyW/8uItMHnWr6+TXwhV5mp8+f4S1S/p8n+dfltdPO3NhVI/tIxpODgDHSKrCj",
-	"nxIfS29vSD34tM9O+aHYoiptIPIB6OkNvQFC/TrGID7HdjD2/+xM4p+spzXkxZ2i5zeM23qC++8te2Io",
-	"kJWQelkZ/wRPXcTXD6aP+p7ewE82cZuSPtt35G/tusuzJ5Mnu593V0U9gCgxh7Z+e5fRDtlojN1xO1J3",
-	"xNlwgPku0kSOdhW/H9xCaD0qpTFGs+Ueu5P9M9j3EyeHYf8r0fkPgKY3Idg13mNB2qxX0GBDj7WC6tbN",
-	"HTrubjsYU7Cv/FUCG6w8xMbFS1/xXFGl/Q0eDjM2l00rCbRcj1ymiaNFRi/SPPBmwny0BcLfDaoFWVFm",
-	"Z5lT7vYbqrp7F4Oldmve3X3r55Mfduzz+htGQxzuRpRM7xqMh7BcNy7bsBQWIsRjBPazD4n26SsFcuzt",
-	"ScMc2wsjuPt/b2H6vaP63xJF9vSpSJUb9oujXPjaX3djQfAwBmW4D8JG6VMj2vMw/YlJVyITZub75Cqi",
-	"+Q+xLQDzd8G+k/kZzLGtBucBxtlewv5BSMEN6x3h1l5Z40PEYaSoutFew2HAOD9Ie1vUIrnfbuhvCh7E",
-	"aN5EtbsHGoDu/mEjvXc86s0Qy533o6u9isn9TIeH1/zf1+5zQZrhVD+L296IhjFZ3Y2D+IZ80C2yRSya",
-	"BR9GCo7MsMj99VpBR+ZW6jn/uz+9pA/C4y/+r3f7QPNgNvETQa6/AxZ23SX7AFiIZ8OMQ/I4GvuShOgL",
-	"UTdUQkyj9wNrvt3XEDg4wvfgnZHu5vgwRyPqeErZMa4F8763bv+3MFz8rZ5j6sqNQ3Ml9LTsZu+4cj9B",
-	"2IOZnfElova614AuXNZdNL+FuCTghcjjJsxv9oGv5tn82ynBfxlV9MaHIOLBsjR257t7QpGPsDSK4mWH",
-	"fUERN0uNZw9Cg9D3kJb3uJp+203dnSS593XrD6AkB72ciJG/X/76NnYQ/K7t7BeDsf9z/uY13riM8aRU",
-	"Tu9dGyPozzAXd6eBQ//u3b8km6kNZgs01WOhWL+ORf5Q7fX46YEh+T1VU1BICcA8jFoyR1jb+ZsQt/zY",
-	"4FzhHQuDhFC8PyrF/ATGbwa28aoZlACaavCR4YfIZrkuuq5KW/VKZHrD8RFG7qnjL8aKutvugn4IDUGH",
-	"KWljn31LFf3wfmqv9+bfxUndHDgfR5r6ZHC87K4tG2Mdf7PZvamhzw0nk1NCSUnX3YxN6zA+neAvteAY",
-	"+khZ/r2rp5JhzNBzcjLJn04m1/uGtudU+i7CZOiUKj226NPnvdDpk+f/+V/P+sHT7x249hhLBQD8bXTo",
-	"WQAv1QMJJZTYHbFhKNtW37pilqVYkRVUVZIMfdvGWN2SZVPXd/aNhdL1d4m07j/pZ3O2UHqE8L+66Lpc",
-	"MV0sYwpCQ3g+d1cqu+6du83Cvq7m+uO1wbKLYH+8xoo/vKLfkkkrq+w0O6YNO749ye6u7/5/AAAA//8=",
+	"3H1pc9w4suBfQXBfhGdiKalku/1eS5/UtntaM7bb27K3Y8PSllFkVhVaJMAhQJVrHfrvG8gESLAI1mHL",
+	"7jfzSQdJHJmJvDPxOclUWSkJ0ujk7HOyBJ5Djb++fMcX9mcOOqtFZYSSyVnybgmshjuhhZKPNJNNOYOa",
+	"Ccly1cwKYP9slAGdpMlc1exyfvSam2yZnMmmKNJEZ0souR3UrCtIzhJtaiEXyf39fZpUvOYlGDf7cyXn",
+	"oi4jC+C3oJlZAsuWXC6AzXh2y/jcQM20YiWXa6YhUzLXrJEFaM2EYUKzjEaEnDXSiMIOIY/ZJGWqvpYr",
+	"YZaqMUyYNBxbG77Wx9cySRNhJ/9nA/U6SRPJS7t8N+TU7rfbWw5z3hQmOZukSck/ibIpk7Mnzyb2TyHp",
+	"z0nqQSCkgQXUiQXB5Yvhfi80K4Q2kPs1VNwsuyUI+/8a/tmIGvLkzNQNhGupuDFQ28/+74fJ0Y/8aH7z",
+	"+fTZ/X8k6QAFaXI5d9iKId2SA1NzhI4nAGaW3ITwWnHNSp4Dm9eqZH/57efn7MfT04lFiB2KnT45Pj0+",
+	"/esxu5xfSy6VWVri0ZZ+5qrOAMfiUq/o309PH6eMy5wJo1lVq1kBpWZ252zlZ8YxtFtAHuCKSLmDVEuM",
+	"I/C5TiyEbj6fpo8n99dJHERvcKwYfHBVas64ZE1VCHkbxxf+2IaxyJx4xkZmpfNn522xEp84eDo++VzV",
+	"JTfJWdIIaZ49TXZQ7D2NBdr8pHIBeHBfqKwpQRr7e6akcb/yqipExu3ST/7Qdv2fg3n/o4Z5cpb8j5OO",
+	"G53QU31yBcYIudDtwHbacLg1L4v+cBHu0t/zfZq85VqvVJ0ftE6e58I+4sXbWlVQG9z0nBca0qQK/mUp",
+	"qxt/iNNuOR+6N29aEKvZH5CZ6MrxP7pSUtM8l/Jne3IeDNy/eTrByTd4UUhjEVERG9e9doLv4Jiv1GIB",
+	"+aWMU7QG7WRLptStAMsHNBjLppnhtyAZX/F1f/4rMEfP8e0ddHCfJr/BvNGwDe2O0fzPw+D2lr4aA9u8",
+	"0bxwHPHpD//51+Q+Ta6MqiH/LpgLxTZCFKdO2awxTCrDeFFYJkKSsuXGazDnyHtXvJZCLpjma81Wy/WX",
+	"o//esxv88iLLQOsrw02jh+Tw+1Ixrm+tdO2frazgopyqChA6VkCslgruoGaZKkGzuai1YSW3moCV6V7/",
+	"GMCkRvKSSkLH7WdKFcClRRDOQxga+ZSz9vTGBpBRcfG7lV0eG5ot+R0wjjqNqBlvzFLVZ6ziEoqUaZXd",
+	"Wuo3ypL+m4vXL88ZlJVZWxTZbbMl14jCAo8VE3IouCzMVYUrAWmZ+YcExQC3q17VwkDAe9xHafLpaKGO",
+	"trMuD6A0REnqhRxNOuRqafIcpfUQMr9KywCQ35NuITTLxXwOtT0dm2RglYwR6ApjdZHUglVIxv2gljQK",
+	"OGd8pkEaJlCdqUlvsdoIbXwAPZSkw8WSMuSGxrlI8usPhYGb41LlcE6KisURJxVBkAKTs9naUmZkNqPG",
+	"NyX0cPFiy9oHosYshwjZQLUD1bFDUvD0SJSVqo1TnJb25SXw+UnOoVTyxHKxWhUnfgScnkbRY1vaht+s",
+	"+1QYKPUuBugWfN/uj9c1Xw+J1g0bJUwlM5Cm5kbVY2zJ8tI5rxnIfLBknuc16JGPlARLjY2GlC2VNmcW",
+	"mP44z2CuamB/KCFHqHAu5ALqqhYkKKLEmAXrf6RZJaSEnN3COjagyAuYOnmrA3nZKngdAxsylOCzDWnX",
+	"WMvKWBkGuRfnOmV2NgsCPJF2rZVSBRMyK5ocAvYZGkQh2hxT8RDuwyNY0Oa+Ymh+8eZqXOjYM2UNPWHt",
+	"TEUGj2oMWICqlWRuBWyhBujXUN/FVPUL+sTjerUUBTCpZipfoxTRtyEEAlawrFWziPAe00gUD9cJsRyU",
+	"DNeJVZL25QVurd0kMUC9vIMYtV2pEnAW4tKWvS15VYElth7IBhASEWn6t1qttOWH9oCg5Qh2WjsS/kI2",
+	"oLLyvQZteG20k5csK1R2y3LlXQ4b1suQoG+FzEM5SKwL6ccxrTRp7TeCspVuwbFK0uQWavv/PWVmmhj4",
+	"ZEYYoAfbMXtn/wwNSNo1nWtaCZvBQkjNVsIs8d8SVkwbbsBJumtJZE0QI1Oda2X1uaJAIMNSyJxxlqlC",
+	"SbKWh8sVdOhbeObcwBH+N/K2g9Zge5eGJF1qJRUplnymGsN62tYIcaJbw82IKHNAHKVRPQrfjjTJtaOK",
+	"HLQhHXFAntCOtZfEoeMxEDjWbNY6pjj+olbkokK8Kg109lGZ4zWgIncLlWH2nVLVsBdZbwDPbaJdRQxo",
+	"P/P6dVMYEVdtfkIelS1Zxa36yex+86aAGukqU1Z+okPHifyB7GEaZK7THr8T5lp6ZVVzkTOtiE5XSzr6",
+	"pMgQkiS0CuCKSwM5kuqGftCuY+rWERVVw9emdCqib3eP4tqeh0Rcy/YPdxr94ThuythKk23Lj+K1UKu4",
+	"Xl2IO2Dvnr+1eJLOH4d+o1cXb1hWCGS01shWjFt6XPE6h5xZHeWY/bQ2oJFCK74uFM+ZFjKDaymMZUpc",
+	"nrOmssjCA06genXx5jiCNb6Aqe6zF3QddwAlpxYZYCIqf1rtyc5ljSBFsieuUNvzLiSnbyMoz9VKTmd2",
+	"h3Ef2FCKCDlTjYwbhg6WCAxSdC6lsQLDtEw5WBAZkQ7cj/Qx+93ydq0aa39fJyRFr5NradqRH+lWBXEn",
+	"RgNIZvWWHkMP7FBE1v4sfVTtyEUNmUFu1Z5QRL874oGosiaVBWyStrK2Fac0zP7ys6kOQ48zw7aIhIVd",
+	"PmoUwLPlMfvFKn3zmpdgmZbM6jV+4tgTR2uSodllViKzvK6RhnF9LVdQoJlu9762iLEHAc9QIYwpALm4",
+	"hZRTeun4OD/1PjLmPW4GD+Bu04bOS5/kO3LtMOtJInXHMYBx7zx0sBxjNhEov7KcZm6fpU7IOS3xzkLj",
+	"DnJWqlEJPPdj7gUcZHcR+WuU4cUW8UuWM6/hPMCPZW8Ua2GrJRC+7N8YPWrMbsFLs6ZuD1GI0UEfMz4s",
+	"n0a25hiCZ6WBctqH1qh95u30DTvEDCT1poJx+ix6pKpaGZWRhG3Pc1ZZAsmr/U/yFsFLPC8cv6VmZ0vs",
+	"PQuqxMPd1+T6PbOmxiYYzlkFMhdycWZ1Va+mUCgKbTO/KJ4ZcUchHHIkp4n78gB7QG0Tac48fnXxZqea",
+	"7GziFjkO7zhDC1EPjxb6McL8RWij6nWEZJgmU9jqCndQ84VlkWipKeKezJJJfceLcyaborBnhzRZNBAx",
+	"JAhcNwTGPvmiPTOqa5Eb148eEupW6eU/mI74NAoVc9BcLe3xV3OmYVFaHkPsni+4kKnFiTZQIRQmx5PJ",
+	"5DRk32OazAevyqSJhUxyE+FUtTHTMrKey96Mpynjhtjmsx9+eHL89MGm/zSdVZHpf4MMxB25KS0uEKhz",
+	"nkEfFqfpZDKJrmVDPH9oMbBlMaZdzEOMt3FWiNZ65NFuv526xYcjk9hRufSg2MbFrVLdwuwAtl2Ddhrv",
+	"phY3dvTpg9hC/66EhDElNTTWUDxz57JB5geyVkVhBaHAIPKolzNmbXWyJfbChhtzR4ChL6nizr/Y3v+B",
+	"LppxJ5/LHqgbiYEt8uiwjEuWq5ih6SymyFgvteGzQugl5OTebJMi/KBWV7Q8E7Mdqlotal7qR63r85j9",
+	"Kos1u5sc//jJu7KGXKusrLgNpGNTaVMDL5M0wU/tQVASDpHFBXA94t5tZvO4cnehWQiOnTqRn8XvIIas",
+	"VxdvtjnbtcjBa0KkEwwVofas7a87bp7jXQwkmCK2idcqH0kNset0Dvlsqaz54A2o1tPokYrquprPkzSZ",
+	"8ey22a1a+WgNTv+VsZrWI9TF57ZmPMQDOkaxmc8IajXY0g/d6rIuNIZuQRS1mGyFfkz730g0CLJb3ZQR",
+	"3hhuW9+K6khVtOajSiHW3IqjzqAh/Y/Fw9pPn7fOmS8H9wFrBslnBeRft3G7qmnJJV/E3FMjW37LzfK1",
+	"++Y7bXaLD+2QUdZyWoOpHe1s8Ki9B7qPnXNPyTuFiz/36MHUbAbIyFYb4sFx/A0Je8dFYbE+DfHW521D",
+	"s2JDneoGaYF6gCxU87l9Pz1gwk3Zv9VyDx3Q921MZcdX7Sf/mxcNOUTavU2lMrAlzkzhV22A5+T47Lza",
+	"TgEKMILm35LfgUtA1IxXVa0+iZKbeKyO3NQHb2BDyLhRWngMYk9RpKajBHOzjYLdGqJCa8iwLdAsDC0V",
+	"H8KdR7nucFLa9CN0bFJaKYpL47IfCjCaHEsuoBXDwzi33MkFd7jwd7GVQRzGrWRj2rTn/G8B1x89CrMY",
+	"Mt9ihGab+oRIVHMGd1Cvg6itcx5zDApYqFKuF6qrUGsKNnaxxjZSGrUFno6kivvAuZASau+39nGhNhG7",
+	"b46gg1bcgRzx57tRnsWd+bWq9Ljmsp8Dub8RArFT7FfOucFyKMQdUBbdmrUxnAGC8oYS+mIH7QoT1Vmm",
+	"KudhQelDLiYXe9s3sF2aJhbHMyPmRA2qzqGOmYfD7bZbdXn2nBXc/qRI7j6rqz9N/XaG5nIXMmojBPuM",
+	"2Xr5OovIOa8P8RRaE2o6ns3y+q09Hf45wUQbKxJmlILn/OP0pADDpGLvX7xlztOeerFPjnA175H6cZC1",
+	"MtygaSw/oISHuC9bzY3zU797/4blcGe5ZZuEzyWs9oSl2YKfS+lSOg7Azma00zkgW2YRHGIi3d4SevTS",
+	"O0Eh4fqzvgGoIVKjbNOl60b8nS5ZN+IFiBl4byjvlHLKkIGWwMdSuHIwXBQjOorF26pWcpGSCzXtok9G",
+	"kVsi4i+iooiIW4Jnlm+H3D4cvMsd7OIfVrhXBXf2KfLeVvfrg6IQEqIuSyQT+GQc83BBs3hE4dCkyseU",
+	"UhkDw2hYYeCMiDvAx8wfRyRfaVZvqsm6FdaRgyhMAVuU7QG5Fiu0mmeqMWezgsvbc2YJFfGNpANFERTP",
+	"8IrXZmdcAZ/6xbQLTukIxI5Tm3sedYbyLIOKsgENudhHwlmU/DySl9HNsJP/OIS50pc3bT5BO/GeNSdf",
+	"kA0l2zqznYHd4NUDTFuXix9jIuvtufw70R5Ud7j9OYQEkNuG/aumLHksiGSJoC0/aLmaMN5LdAghZGMJ",
+	"xT/XqmyThyidNu3iSI80pRZS/gVW6OlzTP3vGGLwpdeOb6Ey+0bqx/KPH4h4DyHE/RG7LRva41VvrwN1",
+	"yg+vwYOrj8w6HGYvSG4S1C7XbDdDbBtXm8UPX1L5kCZXpE/Es2ExldeXY4SlGHvmh1PaMZUt+GwmrG+I",
+	"8JisBu5cDfsxpayp62ge1aXxlnabzuMKboams8hHEsEhApLfhVU92NzaMaWQjekn6O5PuZgI6jfsZgvj",
+	"QH5rUbwH3H7IjyzZFWDACyUT89TrczTD+KLLwUAMk7+sgGhtktYbUYg9aeANmJWqb9FIoDBHkAuAqtDp",
+	"j4+PJ8ePjycnj59GEW0nDyk9sCeTNJk1xe2Q3q1eqim21F/PxOqdz57EtTcVNUp8AgtmEnJWY1WwXfhk",
+	"MpkcPZ5QtDimxm7JLkkTkZWRSEikGmkkZLvLUdlHENZaDff2XmOELwOUYIFwGK5qsACXz7ONLB4kleer",
+	"E3e+LBHnu+e07IPkgsshlPNoyQpVnLtD9yhe/eEt+r4pHOGT8UjkDuf5eKwxxTXHNlyGCdxf745tM5wa",
+	"hHTWzERmmcYsjvCtflbVmKmaT00N0Sq/gnwn5O519QzkafGh7I08ISFzqKcLbsCaO3G9cCXzaSFK4UTj",
+	"IKQaZXwwaxbxLcimnPpcoBFn7wAjm+7ltsrEtYRIk3lTFCVoLMzPxXxOfDR1O7T/BYMx4Zv0YOf0aMy+",
+	"TXtEV7BbH+vmR4VDp+zUUvx/xZ1tf67nO9hd7CQECb+7hW7/gaOpqCeiBLNUOXOvnDEu2eXbNvnamjJM",
+	"djK7lyYVk3I0XEgX8EloQzqnX8d2jrxzib1FBJniRmFJxohOuYE+t9AYpLsNxkiwdC6yrREw+8620sKq",
+	"BiwIje340mjnokKe0UXw0MabC5My1FqsvnFOCbxqBZqMk7nAlCafdxxzimtV3EWjpBdtmY5dtx7muwtK",
+	"d0/DEKN97PF6SBx1BWKxNPHda8xT3Ng9fQC5O8KnPTVrR0FlSLLOv+YPyz5S1oLLWUWZktokZ6cx0K6W",
+	"IKcEqim66EPuSOUAaTIrVHa7W8/zU5KI705/KBEjM+7r9bvqvFNf5fYbNC6xbKgofp0nZx/2dT/dpIOI",
+	"kbNCyAhZI2FrkOaYvWuDdOyPJl9Ql6SSlFWkWV4Um77g2ZoVQsK1tG/ZnVFhQgiXP7SSx7/x1WvQmpN7",
+	"wy9ia9KWX6j3QI26Bfau6vjGrrUxn0nUtNyyc6cu+kQmJjFOPcgo3DtTIlKTfp96RXbbh12V85gFsjVB",
+	"o1eqEDn5+2Vs9BIxO6182yddOuCmkrtXZkX3bRDS2tq6JQyhbw2qXIE0VjBpqwq06T16qZoiZzXwPKUc",
+	"bQ21UI1uRc3+rP9QD3WAHjJJdnz3Dt/qvoppTrurkcaJIhAH+zLx1paK8/GxRBji/WEoIYyXE63TMQkw",
+	"GjvL7+Lm/oXruYKilqphuc/eHWlLc6hfbsSlNt50wTsyt1IGvnSIZ+7c8iq3eFesjQ1RMLLpaly+1HXX",
+	"awUz8ORF0RFSaMxPimnUry7eMFPz+Vxk9uBlS98UsE8kG8Y/KhrTESsJ62C71GYf0Z8b5rsDdupeymaQ",
+	"8Ua3LlurYbRVY2sqioxKsT0ndw4Tp1zKMNWpp7COl1PFa6Ca6owSgXyTAa8QKMkyXqPbw5ta5yyHRc1z",
+	"yM9aWLuyPt83CksoXcDJahtBKjNlY7gBDkzMGEkfaJNsCIhpH6ExYnrf1xlGdKk2fEENxrCjpOsd2epY",
+	"XftIixpRDvUZ+9k05gbrNd9aYR5Iqx1lqqQWlnsmauTAcx9934/J1FBy7Cmzd9X1YYrZeKjJAyRYdX85",
+	"UYwF5a4RnmxR/chbQS4hsc2i39PPbs0oNNWIq9tzhtWuVKGKJx5DhYr6iTETTb04vGo83g3spWuRAJJJ",
+	"5U+l0OxWWpZiFK1qyal0vIt8fGWV9K7uOvF64HGMPWzJQNsE5dAqgb09EIekzvccEl+aSx6a9Q+Zj97T",
+	"yKIBGd9OZptBMnpYrqgVwUbmppeI0V4uaUKSpB5LNscWvk5dc2VRmIDkE1E1yRWzFD7754zl3HBUvf7C",
+	"2f96f/k8kJbXEtMd8FD/NWWU/sX+EkvdE4ZYh/M509xO7/xr0D2JzOCgWZ6fvk0v2z9u7IAxHess8vty",
+	"3SLGsGCiwUiBrzJe9TrqmCsgkjDS5JXzY3mJP4A7W6g27vG7qOFvDVal27fev3gbW2MBi607NV3rxAIW",
+	"Z0y3raSU75BglqyGUt2BdkEBOg6+OQb3TY0oDGeHSd2LGZcWho0m11zXyGmwyoNrgDHltVh7/2JPJd5R",
+	"dnsAi/Ds68vrwXZbEXTwpjtA4I9nYe3Z77J3t66xguirUtnjmrNaNTI/MrWoUA8LFvtNF6an9ad9Jb3/",
+	"wnyKOu0tr2r5mWMPGN9HWed6dR2ztjLHcTT3puOfQjNd1cBzNltTexhXvkItmhqXPuDxyAslXX+YvXZQ",
+	"cCGnJpYWcOU56oBZzKEoSHs2iuEIlqWPnXFLkZU74tFI6rYuTV9AJBbqbRTp21DKwdX0+6fPH6RpDlLj",
+	"LemsiVtg9vpsbVU8OcckX9KsxqKko6nzo+FGJ3hbmTKn3lPbc91byO2Zrv7Vqm4k7jGwMzt1uAvj9BsE",
+	"RFsIfGpVZ9P9GpBed7hIMvekZqc9DVSHHmPp8aU+V9/kpZHG4mmiIWtqYdZXViv27StHMtwusOyjUIuF",
+	"PcRCnvuzD6yR4pPrUtz2/PAtLdkcnTDYjZ66eXf96KfTX5Q2RxhG6XDGK/EPcB18nFcOtXbkDMDrsO/a",
+	"0piKel0LOY+Y3e+lPfFWnDlnCkZBztjHaak/slIUhXAXRaTs41R/ZMFfs0p/ZDO8dgBq9+CYXVxL18qk",
+	"xFZQjj932aL2R1MUx+wlulh822/Udlwy+XnbAYBlS6U0UCNgfS0/ZiqHjymrQFUFdm6kiw8+UtXAR2Le",
+	"2ufYdoWbvlW0BWVmSAC0k3CNwWl8mKe95FvqbqOP20xvK/6Bz7vena03NznFrI4KJK9EcpY8OT49nrjw",
+	"PpLOCcdW3hhRB7RxyD0ulLzMk7Pkb2Co2Xey0b/+8WTyYB3Qe+3EY43YC6229M3G993dHfGJ2pWf+Dby",
+	"4UlKzj58vr/po4g6mIelHJ5esKbDZxuXLuW4bThkx3UwPcHe2hh6VDoC2uf4OLyKYT2+/uC2hpP2CoT7",
+	"AU6e7oZA28b/4cF2BSZoAOQ7rBMQC7VAXAXwKZTrIhSHzytFjV/+feDzKgoD1ZitQFDYwuzP2Ei78Jeu",
+	"AaIXNOEOwgszqiayhSswb7tm+xvY/BZXeKgiH6uopWW4AlapVoFAdLKws+hDURgxxr7NNSFxRPe38kJJ",
+	"eACkkufPSaLwqILMKTaAXpZW/QuRHhZejsmNq05v/CrJsVd80yf5DxM0o3dqSFh1zYS/HpRWXoiwfiAG",
+	"q5PPIr8nbBZAan4fZi9l7rfRv1ZrJO2ke+Xk8gXmnHw32rGcTPvyCcugwg2jCriVNN7RG9+DMChK/OeQ",
+	"hR2SgBFGo0MVj/LEY4z/Daxo6d+FZXqnU8k/vQK5MMvk7NlTvEXK/3mafl1cO27MjV01sg9nPD0IGCOl",
+	"AjvqKfG1+PKG1INv++iUb4qtipwckQ9AT6/5LTDu57EK8QWWg4n/Rz2JfyJLa3gWd7Ke39Bv6wnuvzfv",
+	"CaHAVqo2y8LaJ7jrLLx+ML7Vd/wWfqLAbYz7bF+Rv7XrPk0eTx7vft9dFfUArMRumuz2LqLdRqPRdyep",
+	"pe6IseEA8124ST1aVfxucAshWVTaoI9myz12p/tHsL+MnRyG/a9E5z8Aql6HYFd4jwlps15CA7keSw3F",
+	"nes7dNLddjAmYF/6qwQ2jvIQG5cvfMZzwbXxN3g4zFAsmxc18Hw9cpkmthYZvUjzwJsJ09ESCH83qFFs",
+	"xQX1MufSrbfN6u5dDBZbrf12962fj3/Ysc6bb+gNcbgbETK9azAeQnPduGyDKKz1EI8R2M/eJdqnrxjI",
+	"sbYnDnMsLwzg7v/ecuj39up/SxTR7mOeKtfsF1u5yLW/7oZA8DAKZXsfBHnpYy3a07b7k6hdikzbM98H",
+	"VxHNf6htDpi/K/Gd1M9WHduqcB6gnO3F7B+EFFyz3pHT2ktrfAg/TK2KrrXXsBkw9g8yXhclJFuCCY7y",
+	"RhYTMht3tR31C2FL1FmZv5KIOiDRG8RuuWQv3S/k6r58QTF+1Zhr+Yprc4TPjy5fhHFQdwuSVCtyiQ+Y",
+	"yisqd94pszYlleVfMwDJXJl59B7h3rKSLZctu6uEYxcJ7+YpBj4Zks9HLt9k1w23g8r+hQJM6+y6rDkP",
+	"At7y0hWLgMz1A/EUh3hKMCVJG7i+STT45K1cAV3QSBeRHWGqBXiZlSYn/fJWfzP1wCf4OsgVP9DgcPdd",
+	"W21hx6te7SXMfRkf26t4wfcQeXhN8/vaGc4pOOwiSbjttQQZ0w269iPfkO92k2wRw3bChzkhIz1TUn+d",
+	"W6uTpSRlnb+n3y2nD8KTz/7X+32gefAx8R1obr4DFnbdXfwAWAh7EY1D8iRoMxSF6HNVVryGkEa/DKzp",
+	"dttWYaMSX/N53mZeiu6itKDCLqY3u5LfL73l/b+FouxvkR1Tj1z7PVeywfOu15NLL1VMPJiZE15aS9cL",
+	"t+jCabnESbcQVw14Afe4yvwbvfDVZzb9dkLwX0YUvfYur7CRMQ/dR929tHiOUCvheLlmn1GExXnj0aq2",
+	"IO17cMu0N8yal8WBimL/ZviOk3zx9f4PoUZu1g4jRv5+9eub0CD1q6ZeQxZj/+fi9Su84Rv9l7EY8tsm",
+	"RNCfoS7uTjto68Xv/yWPmd44bC1N9Y5QKF/HPM0o9nrn6YEh+T1FUyuQIoB5GLFkt7Cmfq8QlpiRMzjz",
+	"hoVFQlssMsrFfMfPbwa28Swtb0iCj0Q8RPTUVW12VQG6l5LVu4wBYeTeOvlstaj77Sbo+7YA7TAhbfWz",
+	"bymiH95O7dV6/bsYqZsXHISezT4ZnCy7a/LGjo6/Se+LqaF/Gk4nZ4yznK+7nq5kMD6Z4JNSSXR9xDT/",
+	"3lVnUbd5W+N0OkmfTCY3+4ZS5rz2VatRVz3XZmzSJ896rvrHz/7zv572nfXfO1DiMRZzAPjbD9GyAJnr",
+	"B2JKyLE7YkPXI2V7O4/ZUq3YCooiSoa+TGgsT46Oqatz/MZM6ea7ePb37yy12csq3rL6X511Xa2EyZYh",
+	"BaEiPJ+7K7xdtdj9ZiJpl+P/4cZi2UVMPtxghil6YolMmrpIzpITXomTu9Pk/ub+/wcAAP//",
 }
 
 // decodeSpec returns the embedded OpenAPI spec as raw JSON bytes,

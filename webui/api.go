@@ -118,7 +118,7 @@ func NewPanelHandler(r Router, access *Access, log *slog.Logger) http.Handler {
 }
 
 func newRouterHandler(r Router, access *Access, log *slog.Logger, timeout time.Duration, admit gin.HandlerFunc) http.Handler {
-	h := routerHandler{router: r, access: access, runtime: newRuntimeMetrics(), reply: reply{log}}
+	h := routerHandler{router: r, access: access, status: new(statusText), runtime: newRuntimeMetrics(), reply: reply{log}}
 	k, err := newContract()
 	if err != nil {
 		panic("webui: the contract in this program cannot be read: " + err.Error())
@@ -162,7 +162,11 @@ func newEngine(rp reply, timeout time.Duration, admit ...gin.HandlerFunc) *gin.E
 		rp.problem(c, &Error{Code: CodeInternal, Detail: internalDetail})
 	}))
 	e.Use(func(c *gin.Context) {
-		ctx, cancel := context.WithTimeout(c.Request.Context(), timeout)
+		limit := timeout
+		if endless(c) {
+			limit = noTimeout
+		}
+		ctx, cancel := context.WithTimeout(c.Request.Context(), limit)
 		defer cancel()
 		c.Request = c.Request.WithContext(ctx)
 		c.Request.Body = http.MaxBytesReader(c.Writer, c.Request.Body, maxBody)
@@ -193,6 +197,7 @@ func newEngine(rp reply, timeout time.Duration, admit ...gin.HandlerFunc) *gin.E
 type routerHandler struct {
 	router  Router
 	access  *Access
+	status  *statusText
 	runtime prometheus.Gatherer
 	reply
 }
@@ -225,7 +230,12 @@ func (h routerHandler) GetStatus(ctx context.Context, _ GetStatusRequestObject) 
 	if err != nil {
 		return nil, err
 	}
-	// A list without elements is [] and not null, so that readers can iterate.
+	return GetStatus200JSONResponse(listed(s)), nil
+}
+
+// listed is a status for readers that iterate: a list without elements is [] and not
+// null.
+func listed(s Status) Status {
 	s.Uplinks = orEmpty(s.Uplinks)
 	s.Problems = orEmpty(s.Problems)
 	s.Forwards = orEmpty(s.Forwards)
@@ -235,7 +245,7 @@ func (h routerHandler) GetStatus(ctx context.Context, _ GetStatusRequestObject) 
 	s.LAN.Interfaces = orEmpty(s.LAN.Interfaces)
 	s.Multipath.AvailableSchedulers = orEmpty(s.Multipath.AvailableSchedulers)
 	s.Multipath.AvailablePathManagers = orEmpty(s.Multipath.AvailablePathManagers)
-	return GetStatus200JSONResponse(s), nil
+	return s
 }
 
 // GetSettings answers GET /settings.

@@ -1,6 +1,7 @@
 package deploy
 
 import (
+	"bufio"
 	"context"
 	"crypto/tls"
 	"fmt"
@@ -8,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/cookiejar"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -86,6 +88,50 @@ func TestPanelOnTheLANAlone(t *testing.T) {
 			cancel()
 		}
 	}
+
+	// What happens is told as it does, and a stream does not keep the daemon from ending.
+	stream := *client
+	stream.Timeout = 0
+	response, err := stream.Get("https://" + panelAddress + "/api/v1/live")
+	w.need(err)
+	defer func() { _ = response.Body.Close() }()
+	lines := make(chan string, 1000)
+	go func() {
+		defer close(lines)
+		b := bufio.NewScanner(response.Body)
+		b.Buffer(nil, 1<<20)
+		for b.Scan() {
+			lines <- b.Text()
+		}
+	}()
+	hears := func(parts ...string) {
+		t.Helper()
+		late := time.After(15 * time.Second)
+		for {
+			select {
+			case line, open := <-lines:
+				if !open {
+					t.Fatalf("the stream ended without %q", parts)
+				}
+				if !slices.ContainsFunc(parts, func(part string) bool { return !strings.Contains(line, part) }) {
+					return
+				}
+			case <-late:
+				t.Fatalf("the stream does not tell of %q", parts)
+			}
+		}
+	}
+	hears(`data: {"concentrator":`, `"name":"uplink3"`)
+	w.need(w.Lab.Uplinks[2].Carrier(false))
+	hears(`"kind":"uplink"`, `"uplink":"uplink3"`, "unfit")
+	w.need(w.Lab.Uplinks[2].Carrier(true))
+	hears(`"kind":"uplink"`, `"uplink":"uplink3"`, "carrying")
+	begin := time.Now()
+	w.need(w.Router.Stop(15 * time.Second))
+	for range lines { // until its end
+	}
+	t.Logf("a daemon with a listening page ended in %v", time.Since(begin).Round(time.Millisecond))
+	w.need(w.StartRouter(""))
 
 	// Another password, from the device itself, ends the session.
 	ctl := w.Lab.Router.Command(w.Binaries+"/sheafctl", "--socket", w.Socket(), "password")
