@@ -347,7 +347,12 @@ func TestPanel(t *testing.T) {
 	reader.want(200, "version", "GET", "/api/v1/status", "")
 	reader.want(200, "sheaf_build_info", "GET", "/metrics", "")
 	reader.want(403, CodeReadOnly, "PUT", "/api/v1/uplinks/lte/mode", `{"mode":"off"}`)
-	reader.want(403, CodeReadOnly, "POST", "/api/v1/access/tokens", `{"name":"more","scope":"write"}`)
+	for _, token := range []*browser{reader, writer} {
+		token.want(403, CodeTokenRefused, "POST", "/api/v1/access/tokens", `{"name":"more","scope":"write"}`)
+		token.want(403, CodeTokenRefused, "GET", "/api/v1/access/sessions", "")
+		token.want(403, CodeTokenRefused, "PUT", "/api/v1/access/password", `{"old":"`+good+`","password":"`+another+`"}`)
+	}
+	reader.want(200, `"name":"token grafana","scope":"read"`, "GET", "/api/v1/access", "")
 	writer.want(200, "", "PUT", "/api/v1/uplinks/lte/mode", `{"mode":"on"}`)
 	if router.asked != `uplink lte {"mode":"on"} by token script` {
 		t.Errorf("the router was asked %q", router.asked)

@@ -52,6 +52,18 @@ type Changes struct {
 	Changes []Change `json:"changes"`
 }
 
+// Check One thing that was looked at
+type Check struct {
+	Detail string `json:"detail"`
+	Name   string `json:"name"`
+
+	// State skipped: what it needs has failed
+	State string `json:"state"`
+
+	// Uplink Its name, if it is about one
+	Uplink string `json:"uplink,omitempty"`
+}
+
 // ConcentratorStatus The far end
 type ConcentratorStatus struct {
 	// Address The one in use, host:port; empty before joining
@@ -73,6 +85,20 @@ type DNSStatus struct {
 
 	// Through tunnel, "uplink NAME" or nothing
 	Through string `json:"through"`
+}
+
+// Diagnosis What works and what does not
+type Diagnosis struct {
+	Checks []Check `json:"checks"`
+
+	// Fix What to do, empty if nothing
+	Fix string `json:"fix"`
+
+	// Healthy Nothing has failed
+	Healthy bool `json:"healthy"`
+
+	// Verdict One sentence
+	Verdict string `json:"verdict"`
 }
 
 // Event Something that has happened to the router
@@ -734,6 +760,9 @@ type ServerInterface interface {
 	// Confirm Keep the settings that would be taken back by themselves
 	// (POST /confirm)
 	Confirm(c *gin.Context)
+	// GetDiagnosis What works and what does not, in the order in which one needs the other
+	// (GET /diagnosis)
+	GetDiagnosis(c *gin.Context)
 	// GetEvents What has happened
 	// (GET /events)
 	GetEvents(c *gin.Context, params GetEventsParams)
@@ -971,6 +1000,19 @@ func (siw *ServerInterfaceWrapper) Confirm(c *gin.Context) {
 	}
 
 	siw.Handler.Confirm(c)
+}
+
+// GetDiagnosis operation middleware
+func (siw *ServerInterfaceWrapper) GetDiagnosis(c *gin.Context) {
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		middleware(c)
+		if c.IsAborted() {
+			return
+		}
+	}
+
+	siw.Handler.GetDiagnosis(c)
 }
 
 // GetEvents operation middleware
@@ -1547,6 +1589,7 @@ func RegisterHandlersWithOptions(router gin.IRouter, si ServerInterface, options
 	router.POST(options.BaseURL+"/confirm", wrapper.Confirm)
 	router.GET(options.BaseURL+"/flows", wrapper.GetFlows)
 	router.GET(options.BaseURL+"/events", wrapper.GetEvents)
+	router.GET(options.BaseURL+"/diagnosis", wrapper.GetDiagnosis)
 	router.GET(options.BaseURL+"/live", wrapper.GetLive)
 	router.POST(options.BaseURL+"/join", wrapper.Join)
 	router.GET(options.BaseURL+"/access", wrapper.GetAccess)
@@ -2023,6 +2066,44 @@ type ConfirmdefaultApplicationProblemPlusJSONResponse struct {
 }
 
 func (response ConfirmdefaultApplicationProblemPlusJSONResponse) VisitConfirmResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/problem+json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type GetDiagnosisRequestObject struct {
+}
+
+type GetDiagnosisResponseObject interface {
+	VisitGetDiagnosisResponse(w http.ResponseWriter) error
+}
+
+type GetDiagnosis200JSONResponse Diagnosis
+
+func (response GetDiagnosis200JSONResponse) VisitGetDiagnosisResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type GetDiagnosisdefaultApplicationProblemPlusJSONResponse struct {
+	Body       Problem
+	StatusCode int
+}
+
+func (response GetDiagnosisdefaultApplicationProblemPlusJSONResponse) VisitGetDiagnosisResponse(w http.ResponseWriter) error {
 
 	var buf bytes.Buffer
 	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
@@ -2843,6 +2924,9 @@ type StrictServerInterface interface {
 	// Confirm Keep the settings that would be taken back by themselves
 	// (POST /confirm)
 	Confirm(ctx context.Context, request ConfirmRequestObject) (ConfirmResponseObject, error)
+	// GetDiagnosis What works and what does not, in the order in which one needs the other
+	// (GET /diagnosis)
+	GetDiagnosis(ctx context.Context, request GetDiagnosisRequestObject) (GetDiagnosisResponseObject, error)
 	// GetEvents What has happened
 	// (GET /events)
 	GetEvents(ctx context.Context, request GetEventsRequestObject) (GetEventsResponseObject, error)
@@ -3325,6 +3409,30 @@ func (sh *strictHandler) Confirm(ctx *gin.Context) {
 		sh.options.HandlerErrorFunc(ctx, err)
 	} else if validResponse, ok := response.(ConfirmResponseObject); ok {
 		if err := validResponse.VisitConfirmResponse(ctx.Writer); err != nil {
+			sh.options.ResponseErrorHandlerFunc(ctx, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(ctx, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// GetDiagnosis operation middleware
+func (sh *strictHandler) GetDiagnosis(ctx *gin.Context) {
+	var request GetDiagnosisRequestObject
+
+	handler := func(ctx *gin.Context, request interface{}) (interface{}, error) {
+		return sh.ssi.GetDiagnosis(ctx, request.(GetDiagnosisRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "GetDiagnosis")
+	}
+
+	response, err := handler(ctx, request)
+
+	if err != nil {
+		sh.options.HandlerErrorFunc(ctx, err)
+	} else if validResponse, ok := response.(GetDiagnosisResponseObject); ok {
+		if err := validResponse.VisitGetDiagnosisResponse(ctx.Writer); err != nil {
 			sh.options.ResponseErrorHandlerFunc(ctx, err)
 		}
 	} else if response != nil {
@@ -3869,136 +3977,141 @@ func (sh *strictHandler) SetUplinkMode(ctx *gin.Context, name Name, params SetUp
 // const string: with thousands of chunks the chained `+` fold is several
 // times slower for the Go compiler than parsing a slice literal.
 var swaggerSpec = []string{
-	"3H1pc9w4suBfQXBfhGdiKalku/1eS5/UtntaM7bb27K3Y8PSllFkVhVaJMAhQJVrHfrvG8gESLAI1mHL",
-	"7jfzSQdJHJmJvDPxOclUWSkJ0ujk7HOyBJ5Djb++fMcX9mcOOqtFZYSSyVnybgmshjuhhZKPNJNNOYOa",
-	"Ccly1cwKYP9slAGdpMlc1exyfvSam2yZnMmmKNJEZ0souR3UrCtIzhJtaiEXyf39fZpUvOYlGDf7cyXn",
-	"oi4jC+C3oJlZAsuWXC6AzXh2y/jcQM20YiWXa6YhUzLXrJEFaM2EYUKzjEaEnDXSiMIOIY/ZJGWqvpYr",
-	"YZaqMUyYNBxbG77Wx9cySRNhJ/9nA/U6SRPJS7t8N+TU7rfbWw5z3hQmOZukSck/ibIpk7Mnzyb2TyHp",
-	"z0nqQSCkgQXUiQXB5Yvhfi80K4Q2kPs1VNwsuyUI+/8a/tmIGvLkzNQNhGupuDFQ28/+74fJ0Y/8aH7z",
-	"+fTZ/X8k6QAFaXI5d9iKId2SA1NzhI4nAGaW3ITwWnHNSp4Dm9eqZH/57efn7MfT04lFiB2KnT45Pj0+",
-	"/esxu5xfSy6VWVri0ZZ+5qrOAMfiUq/o309PH6eMy5wJo1lVq1kBpWZ252zlZ8YxtFtAHuCKSLmDVEuM",
-	"I/C5TiyEbj6fpo8n99dJHERvcKwYfHBVas64ZE1VCHkbxxf+2IaxyJx4xkZmpfNn522xEp84eDo++VzV",
-	"JTfJWdIIaZ49TXZQ7D2NBdr8pHIBeHBfqKwpQRr7e6akcb/yqipExu3ST/7Qdv2fg3n/o4Z5cpb8j5OO",
-	"G53QU31yBcYIudDtwHbacLg1L4v+cBHu0t/zfZq85VqvVJ0ftE6e58I+4sXbWlVQG9z0nBca0qQK/mUp",
-	"qxt/iNNuOR+6N29aEKvZH5CZ6MrxP7pSUtM8l/Jne3IeDNy/eTrByTd4UUhjEVERG9e9doLv4Jiv1GIB",
-	"+aWMU7QG7WRLptStAMsHNBjLppnhtyAZX/F1f/4rMEfP8e0ddHCfJr/BvNGwDe2O0fzPw+D2lr4aA9u8",
-	"0bxwHPHpD//51+Q+Ta6MqiH/LpgLxTZCFKdO2awxTCrDeFFYJkKSsuXGazDnyHtXvJZCLpjma81Wy/WX",
-	"o//esxv88iLLQOsrw02jh+Tw+1Ixrm+tdO2frazgopyqChA6VkCslgruoGaZKkGzuai1YSW3moCV6V7/",
-	"GMCkRvKSSkLH7WdKFcClRRDOQxga+ZSz9vTGBpBRcfG7lV0eG5ot+R0wjjqNqBlvzFLVZ6ziEoqUaZXd",
-	"Wuo3ypL+m4vXL88ZlJVZWxTZbbMl14jCAo8VE3IouCzMVYUrAWmZ+YcExQC3q17VwkDAe9xHafLpaKGO",
-	"trMuD6A0REnqhRxNOuRqafIcpfUQMr9KywCQ35NuITTLxXwOtT0dm2RglYwR6ApjdZHUglVIxv2gljQK",
-	"OGd8pkEaJlCdqUlvsdoIbXwAPZSkw8WSMuSGxrlI8usPhYGb41LlcE6KisURJxVBkAKTs9naUmZkNqPG",
-	"NyX0cPFiy9oHosYshwjZQLUD1bFDUvD0SJSVqo1TnJb25SXw+UnOoVTyxHKxWhUnfgScnkbRY1vaht+s",
-	"+1QYKPUuBugWfN/uj9c1Xw+J1g0bJUwlM5Cm5kbVY2zJ8tI5rxnIfLBknuc16JGPlARLjY2GlC2VNmcW",
-	"mP44z2CuamB/KCFHqHAu5ALqqhYkKKLEmAXrf6RZJaSEnN3COjagyAuYOnmrA3nZKngdAxsylOCzDWnX",
-	"WMvKWBkGuRfnOmV2NgsCPJF2rZVSBRMyK5ocAvYZGkQh2hxT8RDuwyNY0Oa+Ymh+8eZqXOjYM2UNPWHt",
-	"TEUGj2oMWICqlWRuBWyhBujXUN/FVPUL+sTjerUUBTCpZipfoxTRtyEEAlawrFWziPAe00gUD9cJsRyU",
-	"DNeJVZL25QVurd0kMUC9vIMYtV2pEnAW4tKWvS15VYElth7IBhASEWn6t1qttOWH9oCg5Qh2WjsS/kI2",
-	"oLLyvQZteG20k5csK1R2y3LlXQ4b1suQoG+FzEM5SKwL6ccxrTRp7TeCspVuwbFK0uQWavv/PWVmmhj4",
-	"ZEYYoAfbMXtn/wwNSNo1nWtaCZvBQkjNVsIs8d8SVkwbbsBJumtJZE0QI1Oda2X1uaJAIMNSyJxxlqlC",
-	"SbKWh8sVdOhbeObcwBH+N/K2g9Zge5eGJF1qJRUplnymGsN62tYIcaJbw82IKHNAHKVRPQrfjjTJtaOK",
-	"HLQhHXFAntCOtZfEoeMxEDjWbNY6pjj+olbkokK8Kg109lGZ4zWgIncLlWH2nVLVsBdZbwDPbaJdRQxo",
-	"P/P6dVMYEVdtfkIelS1Zxa36yex+86aAGukqU1Z+okPHifyB7GEaZK7THr8T5lp6ZVVzkTOtiE5XSzr6",
-	"pMgQkiS0CuCKSwM5kuqGftCuY+rWERVVw9emdCqib3eP4tqeh0Rcy/YPdxr94ThuythKk23Lj+K1UKu4",
-	"Xl2IO2Dvnr+1eJLOH4d+o1cXb1hWCGS01shWjFt6XPE6h5xZHeWY/bQ2oJFCK74uFM+ZFjKDaymMZUpc",
-	"nrOmssjCA06genXx5jiCNb6Aqe6zF3QddwAlpxYZYCIqf1rtyc5ljSBFsieuUNvzLiSnbyMoz9VKTmd2",
-	"h3Ef2FCKCDlTjYwbhg6WCAxSdC6lsQLDtEw5WBAZkQ7cj/Qx+93ydq0aa39fJyRFr5NradqRH+lWBXEn",
-	"RgNIZvWWHkMP7FBE1v4sfVTtyEUNmUFu1Z5QRL874oGosiaVBWyStrK2Fac0zP7ys6kOQ48zw7aIhIVd",
-	"PmoUwLPlMfvFKn3zmpdgmZbM6jV+4tgTR2uSodllViKzvK6RhnF9LVdQoJlu9762iLEHAc9QIYwpALm4",
-	"hZRTeun4OD/1PjLmPW4GD+Bu04bOS5/kO3LtMOtJInXHMYBx7zx0sBxjNhEov7KcZm6fpU7IOS3xzkLj",
-	"DnJWqlEJPPdj7gUcZHcR+WuU4cUW8UuWM6/hPMCPZW8Ua2GrJRC+7N8YPWrMbsFLs6ZuD1GI0UEfMz4s",
-	"n0a25hiCZ6WBctqH1qh95u30DTvEDCT1poJx+ix6pKpaGZWRhG3Pc1ZZAsmr/U/yFsFLPC8cv6VmZ0vs",
-	"PQuqxMPd1+T6PbOmxiYYzlkFMhdycWZ1Va+mUCgKbTO/KJ4ZcUchHHIkp4n78gB7QG0Tac48fnXxZqea",
-	"7GziFjkO7zhDC1EPjxb6McL8RWij6nWEZJgmU9jqCndQ84VlkWipKeKezJJJfceLcyaborBnhzRZNBAx",
-	"JAhcNwTGPvmiPTOqa5Eb148eEupW6eU/mI74NAoVc9BcLe3xV3OmYVFaHkPsni+4kKnFiTZQIRQmx5PJ",
-	"5DRk32OazAevyqSJhUxyE+FUtTHTMrKey96Mpynjhtjmsx9+eHL89MGm/zSdVZHpf4MMxB25KS0uEKhz",
-	"nkEfFqfpZDKJrmVDPH9oMbBlMaZdzEOMt3FWiNZ65NFuv526xYcjk9hRufSg2MbFrVLdwuwAtl2Ddhrv",
-	"phY3dvTpg9hC/66EhDElNTTWUDxz57JB5geyVkVhBaHAIPKolzNmbXWyJfbChhtzR4ChL6nizr/Y3v+B",
-	"LppxJ5/LHqgbiYEt8uiwjEuWq5ih6SymyFgvteGzQugl5OTebJMi/KBWV7Q8E7Mdqlotal7qR63r85j9",
-	"Kos1u5sc//jJu7KGXKusrLgNpGNTaVMDL5M0wU/tQVASDpHFBXA94t5tZvO4cnehWQiOnTqRn8XvIIas",
-	"VxdvtjnbtcjBa0KkEwwVofas7a87bp7jXQwkmCK2idcqH0kNset0Dvlsqaz54A2o1tPokYrquprPkzSZ",
-	"8ey22a1a+WgNTv+VsZrWI9TF57ZmPMQDOkaxmc8IajXY0g/d6rIuNIZuQRS1mGyFfkz730g0CLJb3ZQR",
-	"3hhuW9+K6khVtOajSiHW3IqjzqAh/Y/Fw9pPn7fOmS8H9wFrBslnBeRft3G7qmnJJV/E3FMjW37LzfK1",
-	"++Y7bXaLD+2QUdZyWoOpHe1s8Ki9B7qPnXNPyTuFiz/36MHUbAbIyFYb4sFx/A0Je8dFYbE+DfHW521D",
-	"s2JDneoGaYF6gCxU87l9Pz1gwk3Zv9VyDx3Q921MZcdX7Sf/mxcNOUTavU2lMrAlzkzhV22A5+T47Lza",
-	"TgEKMILm35LfgUtA1IxXVa0+iZKbeKyO3NQHb2BDyLhRWngMYk9RpKajBHOzjYLdGqJCa8iwLdAsDC0V",
-	"H8KdR7nucFLa9CN0bFJaKYpL47IfCjCaHEsuoBXDwzi33MkFd7jwd7GVQRzGrWRj2rTn/G8B1x89CrMY",
-	"Mt9ihGab+oRIVHMGd1Cvg6itcx5zDApYqFKuF6qrUGsKNnaxxjZSGrUFno6kivvAuZASau+39nGhNhG7",
-	"b46gg1bcgRzx57tRnsWd+bWq9Ljmsp8Dub8RArFT7FfOucFyKMQdUBbdmrUxnAGC8oYS+mIH7QoT1Vmm",
-	"KudhQelDLiYXe9s3sF2aJhbHMyPmRA2qzqGOmYfD7bZbdXn2nBXc/qRI7j6rqz9N/XaG5nIXMmojBPuM",
-	"2Xr5OovIOa8P8RRaE2o6ns3y+q09Hf45wUQbKxJmlILn/OP0pADDpGLvX7xlztOeerFPjnA175H6cZC1",
-	"MtygaSw/oISHuC9bzY3zU797/4blcGe5ZZuEzyWs9oSl2YKfS+lSOg7Azma00zkgW2YRHGIi3d4SevTS",
-	"O0Eh4fqzvgGoIVKjbNOl60b8nS5ZN+IFiBl4byjvlHLKkIGWwMdSuHIwXBQjOorF26pWcpGSCzXtok9G",
-	"kVsi4i+iooiIW4Jnlm+H3D4cvMsd7OIfVrhXBXf2KfLeVvfrg6IQEqIuSyQT+GQc83BBs3hE4dCkyseU",
-	"UhkDw2hYYeCMiDvAx8wfRyRfaVZvqsm6FdaRgyhMAVuU7QG5Fiu0mmeqMWezgsvbc2YJFfGNpANFERTP",
-	"8IrXZmdcAZ/6xbQLTukIxI5Tm3sedYbyLIOKsgENudhHwlmU/DySl9HNsJP/OIS50pc3bT5BO/GeNSdf",
-	"kA0l2zqznYHd4NUDTFuXix9jIuvtufw70R5Ud7j9OYQEkNuG/aumLHksiGSJoC0/aLmaMN5LdAghZGMJ",
-	"xT/XqmyThyidNu3iSI80pRZS/gVW6OlzTP3vGGLwpdeOb6Ey+0bqx/KPH4h4DyHE/RG7LRva41VvrwN1",
-	"yg+vwYOrj8w6HGYvSG4S1C7XbDdDbBtXm8UPX1L5kCZXpE/Es2ExldeXY4SlGHvmh1PaMZUt+GwmrG+I",
-	"8JisBu5cDfsxpayp62ge1aXxlnabzuMKboams8hHEsEhApLfhVU92NzaMaWQjekn6O5PuZgI6jfsZgvj",
-	"QH5rUbwH3H7IjyzZFWDACyUT89TrczTD+KLLwUAMk7+sgGhtktYbUYg9aeANmJWqb9FIoDBHkAuAqtDp",
-	"j4+PJ8ePjycnj59GEW0nDyk9sCeTNJk1xe2Q3q1eqim21F/PxOqdz57EtTcVNUp8AgtmEnJWY1WwXfhk",
-	"MpkcPZ5QtDimxm7JLkkTkZWRSEikGmkkZLvLUdlHENZaDff2XmOELwOUYIFwGK5qsACXz7ONLB4kleer",
-	"E3e+LBHnu+e07IPkgsshlPNoyQpVnLtD9yhe/eEt+r4pHOGT8UjkDuf5eKwxxTXHNlyGCdxf745tM5wa",
-	"hHTWzERmmcYsjvCtflbVmKmaT00N0Sq/gnwn5O519QzkafGh7I08ISFzqKcLbsCaO3G9cCXzaSFK4UTj",
-	"IKQaZXwwaxbxLcimnPpcoBFn7wAjm+7ltsrEtYRIk3lTFCVoLMzPxXxOfDR1O7T/BYMx4Zv0YOf0aMy+",
-	"TXtEV7BbH+vmR4VDp+zUUvx/xZ1tf67nO9hd7CQECb+7hW7/gaOpqCeiBLNUOXOvnDEu2eXbNvnamjJM",
-	"djK7lyYVk3I0XEgX8EloQzqnX8d2jrxzib1FBJniRmFJxohOuYE+t9AYpLsNxkiwdC6yrREw+8620sKq",
-	"BiwIje340mjnokKe0UXw0MabC5My1FqsvnFOCbxqBZqMk7nAlCafdxxzimtV3EWjpBdtmY5dtx7muwtK",
-	"d0/DEKN97PF6SBx1BWKxNPHda8xT3Ng9fQC5O8KnPTVrR0FlSLLOv+YPyz5S1oLLWUWZktokZ6cx0K6W",
-	"IKcEqim66EPuSOUAaTIrVHa7W8/zU5KI705/KBEjM+7r9bvqvFNf5fYbNC6xbKgofp0nZx/2dT/dpIOI",
-	"kbNCyAhZI2FrkOaYvWuDdOyPJl9Ql6SSlFWkWV4Um77g2ZoVQsK1tG/ZnVFhQgiXP7SSx7/x1WvQmpN7",
-	"wy9ia9KWX6j3QI26Bfau6vjGrrUxn0nUtNyyc6cu+kQmJjFOPcgo3DtTIlKTfp96RXbbh12V85gFsjVB",
-	"o1eqEDn5+2Vs9BIxO6182yddOuCmkrtXZkX3bRDS2tq6JQyhbw2qXIE0VjBpqwq06T16qZoiZzXwPKUc",
-	"bQ21UI1uRc3+rP9QD3WAHjJJdnz3Dt/qvoppTrurkcaJIhAH+zLx1paK8/GxRBji/WEoIYyXE63TMQkw",
-	"GjvL7+Lm/oXruYKilqphuc/eHWlLc6hfbsSlNt50wTsyt1IGvnSIZ+7c8iq3eFesjQ1RMLLpaly+1HXX",
-	"awUz8ORF0RFSaMxPimnUry7eMFPz+Vxk9uBlS98UsE8kG8Y/KhrTESsJ62C71GYf0Z8b5rsDdupeymaQ",
-	"8Ua3LlurYbRVY2sqioxKsT0ndw4Tp1zKMNWpp7COl1PFa6Ca6owSgXyTAa8QKMkyXqPbw5ta5yyHRc1z",
-	"yM9aWLuyPt83CksoXcDJahtBKjNlY7gBDkzMGEkfaJNsCIhpH6ExYnrf1xlGdKk2fEENxrCjpOsd2epY",
-	"XftIixpRDvUZ+9k05gbrNd9aYR5Iqx1lqqQWlnsmauTAcx9934/J1FBy7Cmzd9X1YYrZeKjJAyRYdX85",
-	"UYwF5a4RnmxR/chbQS4hsc2i39PPbs0oNNWIq9tzhtWuVKGKJx5DhYr6iTETTb04vGo83g3spWuRAJJJ",
-	"5U+l0OxWWpZiFK1qyal0vIt8fGWV9K7uOvF64HGMPWzJQNsE5dAqgb09EIekzvccEl+aSx6a9Q+Zj97T",
-	"yKIBGd9OZptBMnpYrqgVwUbmppeI0V4uaUKSpB5LNscWvk5dc2VRmIDkE1E1yRWzFD7754zl3HBUvf7C",
-	"2f96f/k8kJbXEtMd8FD/NWWU/sX+EkvdE4ZYh/M509xO7/xr0D2JzOCgWZ6fvk0v2z9u7IAxHess8vty",
-	"3SLGsGCiwUiBrzJe9TrqmCsgkjDS5JXzY3mJP4A7W6g27vG7qOFvDVal27fev3gbW2MBi607NV3rxAIW",
-	"Z0y3raSU75BglqyGUt2BdkEBOg6+OQb3TY0oDGeHSd2LGZcWho0m11zXyGmwyoNrgDHltVh7/2JPJd5R",
-	"dnsAi/Ds68vrwXZbEXTwpjtA4I9nYe3Z77J3t66xguirUtnjmrNaNTI/MrWoUA8LFvtNF6an9ad9Jb3/",
-	"wnyKOu0tr2r5mWMPGN9HWed6dR2ztjLHcTT3puOfQjNd1cBzNltTexhXvkItmhqXPuDxyAslXX+YvXZQ",
-	"cCGnJpYWcOU56oBZzKEoSHs2iuEIlqWPnXFLkZU74tFI6rYuTV9AJBbqbRTp21DKwdX0+6fPH6RpDlLj",
-	"LemsiVtg9vpsbVU8OcckX9KsxqKko6nzo+FGJ3hbmTKn3lPbc91byO2Zrv7Vqm4k7jGwMzt1uAvj9BsE",
-	"RFsIfGpVZ9P9GpBed7hIMvekZqc9DVSHHmPp8aU+V9/kpZHG4mmiIWtqYdZXViv27StHMtwusOyjUIuF",
-	"PcRCnvuzD6yR4pPrUtz2/PAtLdkcnTDYjZ66eXf96KfTX5Q2RxhG6XDGK/EPcB18nFcOtXbkDMDrsO/a",
-	"0piKel0LOY+Y3e+lPfFWnDlnCkZBztjHaak/slIUhXAXRaTs41R/ZMFfs0p/ZDO8dgBq9+CYXVxL18qk",
-	"xFZQjj932aL2R1MUx+wlulh822/Udlwy+XnbAYBlS6U0UCNgfS0/ZiqHjymrQFUFdm6kiw8+UtXAR2Le",
-	"2ufYdoWbvlW0BWVmSAC0k3CNwWl8mKe95FvqbqOP20xvK/6Bz7vena03NznFrI4KJK9EcpY8OT49nrjw",
-	"PpLOCcdW3hhRB7RxyD0ulLzMk7Pkb2Co2Xey0b/+8WTyYB3Qe+3EY43YC6229M3G993dHfGJ2pWf+Dby",
-	"4UlKzj58vr/po4g6mIelHJ5esKbDZxuXLuW4bThkx3UwPcHe2hh6VDoC2uf4OLyKYT2+/uC2hpP2CoT7",
-	"AU6e7oZA28b/4cF2BSZoAOQ7rBMQC7VAXAXwKZTrIhSHzytFjV/+feDzKgoD1ZitQFDYwuzP2Ei78Jeu",
-	"AaIXNOEOwgszqiayhSswb7tm+xvY/BZXeKgiH6uopWW4AlapVoFAdLKws+hDURgxxr7NNSFxRPe38kJJ",
-	"eACkkufPSaLwqILMKTaAXpZW/QuRHhZejsmNq05v/CrJsVd80yf5DxM0o3dqSFh1zYS/HpRWXoiwfiAG",
-	"q5PPIr8nbBZAan4fZi9l7rfRv1ZrJO2ke+Xk8gXmnHw32rGcTPvyCcugwg2jCriVNN7RG9+DMChK/OeQ",
-	"hR2SgBFGo0MVj/LEY4z/Daxo6d+FZXqnU8k/vQK5MMvk7NlTvEXK/3mafl1cO27MjV01sg9nPD0IGCOl",
-	"AjvqKfG1+PKG1INv++iUb4qtipwckQ9AT6/5LTDu57EK8QWWg4n/Rz2JfyJLa3gWd7Ke39Bv6wnuvzfv",
-	"CaHAVqo2y8LaJ7jrLLx+ML7Vd/wWfqLAbYz7bF+Rv7XrPk0eTx7vft9dFfUArMRumuz2LqLdRqPRdyep",
-	"pe6IseEA8124ST1aVfxucAshWVTaoI9myz12p/tHsL+MnRyG/a9E5z8Aql6HYFd4jwlps15CA7keSw3F",
-	"nes7dNLddjAmYF/6qwQ2jvIQG5cvfMZzwbXxN3g4zFAsmxc18Hw9cpkmthYZvUjzwJsJ09ESCH83qFFs",
-	"xQX1MufSrbfN6u5dDBZbrf12962fj3/Ysc6bb+gNcbgbETK9azAeQnPduGyDKKz1EI8R2M/eJdqnrxjI",
-	"sbYnDnMsLwzg7v/ecuj39up/SxTR7mOeKtfsF1u5yLW/7oZA8DAKZXsfBHnpYy3a07b7k6hdikzbM98H",
-	"VxHNf6htDpi/K/Gd1M9WHduqcB6gnO3F7B+EFFyz3pHT2ktrfAg/TK2KrrXXsBkw9g8yXhclJFuCCY7y",
-	"RhYTMht3tR31C2FL1FmZv5KIOiDRG8RuuWQv3S/k6r58QTF+1Zhr+Yprc4TPjy5fhHFQdwuSVCtyiQ+Y",
-	"yisqd94pszYlleVfMwDJXJl59B7h3rKSLZctu6uEYxcJ7+YpBj4Zks9HLt9k1w23g8r+hQJM6+y6rDkP",
-	"At7y0hWLgMz1A/EUh3hKMCVJG7i+STT45K1cAV3QSBeRHWGqBXiZlSYn/fJWfzP1wCf4OsgVP9DgcPdd",
-	"W21hx6te7SXMfRkf26t4wfcQeXhN8/vaGc4pOOwiSbjttQQZ0w269iPfkO92k2wRw3bChzkhIz1TUn+d",
-	"W6uTpSRlnb+n3y2nD8KTz/7X+32gefAx8R1obr4DFnbdXfwAWAh7EY1D8iRoMxSF6HNVVryGkEa/DKzp",
-	"dttWYaMSX/N53mZeiu6itKDCLqY3u5LfL73l/b+FouxvkR1Tj1z7PVeywfOu15NLL1VMPJiZE15aS9cL",
-	"t+jCabnESbcQVw14Afe4yvwbvfDVZzb9dkLwX0YUvfYur7CRMQ/dR929tHiOUCvheLlmn1GExXnj0aq2",
-	"IO17cMu0N8yal8WBimL/ZviOk3zx9f4PoUZu1g4jRv5+9eub0CD1q6ZeQxZj/+fi9Su84Rv9l7EY8tsm",
-	"RNCfoS7uTjto68Xv/yWPmd44bC1N9Y5QKF/HPM0o9nrn6YEh+T1FUyuQIoB5GLFkt7Cmfq8QlpiRMzjz",
-	"hoVFQlssMsrFfMfPbwa28Swtb0iCj0Q8RPTUVW12VQG6l5LVu4wBYeTeOvlstaj77Sbo+7YA7TAhbfWz",
-	"bymiH95O7dV6/bsYqZsXHISezT4ZnCy7a/LGjo6/Se+LqaF/Gk4nZ4yznK+7nq5kMD6Z4JNSSXR9xDT/",
-	"3lVnUbd5W+N0OkmfTCY3+4ZS5rz2VatRVz3XZmzSJ896rvrHz/7zv572nfXfO1DiMRZzAPjbD9GyAJnr",
-	"B2JKyLE7YkPXI2V7O4/ZUq3YCooiSoa+TGgsT46Oqatz/MZM6ea7ePb37yy12csq3rL6X511Xa2EyZYh",
-	"BaEiPJ+7K7xdtdj9ZiJpl+P/4cZi2UVMPtxghil6YolMmrpIzpITXomTu9Pk/ub+/wcAAP//",
+	"3H1rc9s6suBfQXFvVWZqaVtOMrl37E8+Sc6MZ5JM9jjZU1uxV4HIloRjEuAQoGVtyv99C90ACYqgHomT",
+	"c2e+JJZE4tHd6Hc3viSZKislQRqdnH1JlsBzqPHP1x/4wv6fg85qURmhZHKWfFgCq+FOaKHkE81kU86g",
+	"ZkKyXDWzAtg/G2VAJ2kyVzW7nB+95SZbJmeyKYo00dkSSm4HNesKkrNEm1rIRfLw8JAmFa95CcbN/lLJ",
+	"uajLyAL4LWhmlsCyJZcLYDOe3TI+N1AzrVjJ5ZppyJTMNWtkAVozYZjQLKMRIWeNNKKwQ8hjNkmZqq/l",
+	"SpilagwTJg3H1oav9fG1TNJE2Mn/2UC9TtJE8tIu3w05tfvt9pbDnDeFSc4maVLye1E2ZXL27MXEfhSS",
+	"Pk5SDwIhDSygTiwILl8N93uhWSG0gdyvoeJm2S1B2O9r+GcjasiTM1M3EK6l4sZAbV/7v58mR3/mR/Ob",
+	"L6cvHv4jSQcoSJPLucNWDOmWHJiaI3Q8ATCz5CaE14prVvIc2LxWJfvDLz+/ZH8+PZ1YhNih2Omz49Pj",
+	"0z8es8v5teRSmaUlHm3pZ67qDHAsLvWKvn5++jRlXOZMGM2qWs0KKDWzO2crPzOOod0C8gBXRModpFpi",
+	"HIHPdWIhdPPlNH06ebhO4iB6h2PF4IOrUnPGJWuqQsjbOL7wv20Yi8yJZ2xkVjp/dt4WK/GJg1/HJ5+r",
+	"uuQmOUsaIc2L58kOin2gsUCbn1QuAA/uK5U1JUhj/86UNO5PXlWFyLhd+slv2q7/SzDvf9QwT86S/3HS",
+	"caMT+lWfXIExQi50O7CdNhxuzcuiP1yEu/T3/JAm77nWK1XnB62T57mwP/Hifa0qqA1ues4LDWlSBV9Z",
+	"yurGH+K0W86n7smbFsRq9htkJrpy/EZXSmqa51L+bE/Oo4H7F08nOPkGLwppLCIqYuO6x07wGRzzjVos",
+	"IL+UcYrWoJ1syZS6FWD5gAZj2TQz/BYk4yu+7s9/BeboJT69gw4e0uQXmDcatqHdMZr/eRjc3tNbY2Cb",
+	"N5oXjiM+/9N//jF5SJMro2rIfwjmQrGNEMWpUzZrDJPKMF4UlomQpGy58RrMOfLeFa+lkAum+Vqz1XL9",
+	"9eh/8OwG37zIMtD6ynDT6CE5/LpUjOtbK137ZysruCinqgKEjhUQq6WCO6hZpkrQbC5qbVjJrSZgZbrX",
+	"PwYwqZG8pJLQcfuZUgVwaRGE8xCGRl7lrD29sQFkVFz8amWXx4ZmS34HjKNOI2rGG7NU9RmruIQiZVpl",
+	"t5b6jbKk/+7i7etzBmVl1hZFdttsyTWisMBjxYQcCi4Lc1XhSkBaZv4pQTHA7apXtTAQ8B73UprcHy3U",
+	"0XbW5QGUhihJvZCjSYdcLU1eorQeQuYf0jIA5PekWwjNcjGfQ21PxyYZWCVjBLrCWF0ktWAVknE/qCWN",
+	"As4Zn2mQhglUZ2rSW6w2QhsfQA8l6XCxpAy5oXEukvz6U2Hg5rhUOZyTomJxxElFEKTA5Gy2tpQZmc2o",
+	"8U0JPVy82LL2gagxyyFCNlDtQHXskBT8eiTKStXGKU5L+/AS+Pwk51AqeWK5WK2KEz8CTk+j6LEtbcNv",
+	"1r0qDJR6FwN0C35o98frmq+HROuGjRMmZLdxukQIE1VacimUuoWc8eGyczBcFBH50/EDfwqtKlXPeWah",
+	"nPG6Fqiw8jyvQVu2t+AGSNplSmYgTc2Nso/8poTEc2caKaGwa+CWUdiXcmn/Lbjc91CniTbcRI6jvhVV",
+	"BfkZEbEwTALkGql5zkWBC/BbUVbhbb91byZpoubz/dfhNOfBQi4NnZrUUj0JKT6z9lqPc48QvedGuMfU",
+	"oyeK/QDIY0LJStI5rxnIfIB5j7joS0qC5UWNhpQtlTZn9ih5Zj6DuaqBWbSO8KC5kAuoq1qQmhBlRSGR",
+	"PNGsElJCzm5hHRtQ5AVMnbalA2pt1fuOXIf0Ery2oes01q42VoOB3CtzOmV2NgsC5Md2rZVSBRMyK5oc",
+	"AuEZmsMRJHZHI4RHsKDNfcXQ/Ord1bjKYTmqNfMFaGYUmbuqMWABqlaSuRWwhRqgX0N9FzPULugVj+vV",
+	"UhTApJqpfI2UrG9DCASCYFmrZhGRPHToU3btDgzqBdeJVZH3lQRurd0kUUAJvpBKizHuvVL1rWakf3HD",
+	"cgUoiiKMHLLbQ/i4ZcIDNm5xfj+yEqNYrlIHYDHfJsyXwAuzXA8Hekfv9NnbUKe7gzoXmRlTXqwin+1m",
+	"Sn4U2lS3qtQDK4aP13cQO/1XqoRAOtn1L3lVgT38PRIeIEZEdNu/1GqlrXZiGRb6ccBOa0fCP8gjo6y2",
+	"XYM2vDbaaa8sK1R2i2RADsANX8KQwdwKmYfykBQJPM9OhWhlQiDqNmThLdT2+72FjIF7M0JGHmzH7IP9",
+	"GLpzaNfEZ2klbAYLITVbCbPEryWsGEoZp3deS2IzBDFynHGtrHVVFAhkWAqZM84yVShJvqvhcgUx4Rae",
+	"OTdwhN9Gnv4uEhSdjG5GRJkD4iiN6lH4dqRJjlZV5KANWWwD8oR2rL34Bh2PCN8ohdYxM+6vakUOY8Sr",
+	"0kC8GE0rXgOaVbdQGWafKVUNe5H1BvDcJtpVxID2M6/fNoURcUPjJ5QZ2ZKRjsfsfvOmgBrpKlNWm0X3",
+	"qlPAB7qAZUu5TnvyR5hr6U1HzUXOtEodK6ejT2YFIQnVX1LXV1wayJFUN5h8u46pW0dUdRg+NqVTEX26",
+	"+ylue3lIxG1e/+NOF1w4jpsyttJk2/KjeC3UKi4oCnEH7MPL9xZP0nnH0Yv75uIdywqBjFbVlutyS48r",
+	"XueQM6szHrOf1gY0UmjF14XiOdNCZnAthbFMictz1lQWWXjACVRvLt4dR7DGFzDVffaCgZwOoORiJneI",
+	"iMqfVpu1c62WiimSPXHz1p53ITm9G0F5rlZyOrM7jHukh1JEyJlqZNxN42CJwCDF89LaXBJMy5SDBZFL",
+	"x4H7iT5mv1rerlVTZ8CuE5Ki18m1NO3IT3SrEroTowEks3pkj6EHGgQia3+WPqoG5qKGzCC3ak8oot8d",
+	"8UBUWYvVAjYw2FpxSsMcYqQdhh7nFNkiEhZ2+ahRAM+Wx+yvVgmf17wEy7RkVq/xlU7TtNtBJ4hZiczy",
+	"ukYaxvW1XEGBTjO797VFjD0IeIYKYUwByMUtpJwRQsfHRY32kTEfcTN4AHc7Gui89Em+I9cOs54kUncc",
+	"Axj3zkMHyzFmE4HyG8tp5va31Ak5pyXeWWjcQc5KNSqB537MvYCD7C4if40yvNgifsmPxWs4D/Bj2RtF",
+	"PtlqCYQv+xljuY3ZLXhp1tTtIQoxOuhjxqDl08jWHEPwrDRQTvvQGrWXvddswy40A0m9qWCcvogeqapW",
+	"RmUkYdvznFWWQPJq/5O8RfASzwvHb6nZ2RLf6lyqKRBzZk2NTTCcswpkLuTizOqqXk2hwHDP68QzI+4o",
+	"oEphnTRxbx5gD6htIs25K95cvNvX0dQix+EdZ2gh2jmitugNfxXaqDpio14wTa4JqyvcQc0XlkWipaaI",
+	"ezL0Kd7x4pzJpijs2SFNFg1EDNAD1w2BsU++aM+M6loUVPGjh4S6VXr5F6YjPqZCxRxmV0t7/NWcaViU",
+	"lscQu+cLLmRqcaINVAiFyfFkMjkN2feYJvPJqzJpYiGT3EQ4VW3MtIys57I342nKuCG2+eJPf3p2/PzR",
+	"pr+fzqrI9L9ABuKOggYWF63fuA+L03QymUTXsiGeP7UY2LIY0y7mMcbbOCtEaz3yaLffTt3iw5FJ7Khc",
+	"elBs4+JWqQ597fuy7Rq003g3tbixo08vxBb6N3LZx5XU0FhD8cydywaZH8haFYUVhAJTOka9zjFrq5Mt",
+	"sQc23Mo7wn19SRV3xsb2/nd00Yw7XV0uT91IDDOTR4dlXLJcxQxNZzFFxnqtDZ8VQi8hJ3dzm6LkB7W6",
+	"ouWZmHtU1WpR81I/aV3Rx+wfslizu8nxn++9K2vItcrKittAOjaVNjXwMkkTfNUeBCXhEFlcANcj7vZm",
+	"No8rdxeaheDYqRP5WfwOYsh6c/FuW/BDixy8JkQ6wVARas/a/rrj5jnexUCCKWKbeKvykUQtu04XIMmW",
+	"ypoP3oBqPY1tTEu6AFaazHh22+xWrXzsFKf/xshp6xHqouVb84/i4VWj2Mzn57UabOmHbnVZF6hGtyCK",
+	"Wkx9RD+m/XbEpd+UEd4YblvfiupIVbTmo0oh1tyKo86gIf2PRafbV1+2zpmvB/cBawbJZwXk37Zxu6pp",
+	"ySVfxNxTI1t+z83yrXvnB212iw/tkFHWclqDqR3tbPCovQd6iJ1zT8k7hYs/9+jB1GwGyMhWG+LBcfwN",
+	"CXvHRWGxPg3x1udtQ7NiQ53qBmmBeoAsVPO5fT49YMJN2b/Vcg8d0A9tTGXHW+0r/5sXDTlE2r1NpTKw",
+	"JeuDwuHaAM/J8dl5tZ0CFGAEzb8lvwOXDqwZr6pa3YuSm3jslNzUB29gQ8i4UVp4DGJPUaSmowRzs42C",
+	"3RqiQmvIsC3QLAwtFR/CnUe57nBS2vQTdGxSkjeKS+OSQQowmhxLLqAVw8M4t9zJBXe48HexlUEcxq1k",
+	"Y9q05/xvAdcfPQqzGDLfY4Rmm/qESFRzBndQr4OorXMecwwKWKhS5iWqq1BrCjZ2scY2Uhq1BZ6PFG74",
+	"RAYhJdTeb+3jQm1ZRN8cQQetuAM54s93o7yIO/NrVelxzWU/B3J/IwRip9ivnHOD5VCIO6Cc1jVrYzgD",
+	"BOUNpdfGDtoVlo2wTFXOw4LSh1xMrMuv2mfJpWlicTwzYk7UoOoc6ph5ONxuu1VX9cJZwe3/FMndZ3X1",
+	"/dRvZ2gudyGjNkKwz5itl6+ziJzz+hBPoTWhpuPZRW/f29PhfyeYaGNFwowSYp1/nH4pwDCp2MdX75nz",
+	"tKde7JMjXM17pH4cZBENN2gayw8o4SHuy1Zz4/zUHz6+YzncWW7ZlsRwCas9YWm24OdSupSOA7CzGe10",
+	"DsiWWQSHmEi3t4QevfROUEi4/qxvAGqI1CjbdMnzEX+nS52PeAFiBt47ygKnDE9koCXwsZS6LlEzltvE",
+	"NVvVSi5ScqGmXfQJk42iecKuRCniluDZkvW5fTh4l8nbxT+scK8K7uxT5L2t7tcHRSEkRF2WSCZwb7qs",
+	"VU0u/EhE4dAU56eU4BwDw2hYYeCMiDvAx8wfRyTfaFZvqsm6FdaRgyhMAVuU7QG5Fiu0mmeqMWezgsvb",
+	"c2YJFfGNpANFEZSy8YrXZmdcAX/1i2kXnNIRiB2nthIk6gzlWQYVZWcacrGPhLOoFGEkL6ObYSf/cQhz",
+	"hWjv2nyCduI9K8C+IhtKtlWfOwO7waMHmLauMibGRNbbK2t2oj2otXL7cwgJILcN+1dNWfJYEMkSQVsM",
+	"1HI1YbyX6BBCyMbS+3+uVdkmD1F6c9rFkZ5oSi2k/Ausl9XnWIjTMcTgTa8d30Jl9o3Uj1UDPBLxHkKI",
+	"+yN2W22Cx6veXpXtlB9egwdXH5l1OMxekNwkqF2u2W6G2DauNkuRvqYOKU2uSJ+IZ8NiarUvjgoLo/bM",
+	"16c0cCoi8tlMWG0U4TFZDdy5GvZjSllT19E8qkvjLe02nceVvw1NZ5GPJOZDBCS/Cqt6sLm1Y0ohG9NP",
+	"0N2fcjER1G/YzRbGgfzWongPuP2QH1myK8CAF0om5qnX52iG8UWXg4EYJn9ZAdFKQa03ohB70sA7MCtV",
+	"36KRQGGOIBcAVaHTPz89nhw/PZ6cPH0eRbSdfFDu06YszJridkjvVi/VFFvqr2di9c4Xz+Lam4oaJT6B",
+	"BTMJOauxRt8ufDKZTI6eTihaHFNjt2SXpInIykgkJFIbOBKy3eWo7CMIKx+He/uoMcKXAUqwQDgMVzVY",
+	"gMvn2UYWj5LK882JO1+XiPPDc1r2QXLB5RDKebSEiPo/uEP3JF6N4y36vikc4ZPxSOQO5/l4rJHK62Ib",
+	"LsME7m93x7YZTg1COmtmIrNMYxZH+FY/q2rMVM2npoZozW1BvhNy97p6BvK0+FD2Rp6QkDnUU1ecOJJ4",
+	"sJL5tBClcKJxEFKNMj6YNYv4FmRTTn0u0Iizd4CRTfdyW2XiGrSkybwpihI0tsnIxXxOfDR1O7TfgsGY",
+	"8E16sHN6NGbfpj2iK9itj3Xzo8KhU3ZqKf6/4s6239fzHewudhKChN/dQrf/gy94jXkiSjBLlTP3yBnj",
+	"kl2+b5OvrSnDZCeze2lSMSlHw4V0AfdCG9I5/Tq2c+SdS+wtIsgUNwpLMkZ0yg30uYXGIN1tMEaCpXOR",
+	"bY2A2We2lXpWNWB5dmzHl0Y7FxXyjC6ChzbeXJiUodZi9Y1zSuBVK9BknMwFpjT5vOOYU1yr4i4aJb1o",
+	"y3TsuvUw311Qunsahhjtz11B9f5x1BWIxdLEd68xT3Fj9/QC5O4In/bUrB0FriHJOv+aPyz7SFkLLmcV",
+	"ZUpqk5ydxkC7WoKcEqim6KIPuSOVA6TJrFDZ7W49z09JIr47/aFEjMy4r9fvqvNOfZPbb9BGyLKhovjH",
+	"PDn7tK/76SYdRIycFUJGyBoJW4M0x+xDG6RjvzX5gnqWlaSsIs3yotj0Bc/WrBASrqV9yu6MChNCuPym",
+	"lTz+ha/egtac3Bt+EVuTtvxCvQdq1C2wd1XHd3atjflMoqbllp07ddEnMjGJcepBRuHemRKRHgEPqVdk",
+	"t73YVZ2PWSBbEzR6pQqRk79fxkYvEbPTyre90qUDbiq5e2VWdO8GIa2tjZTCEPrWoMqVK7bWVhVo03v0",
+	"UjVFzmrgeUo52hpqoRrdipr9Wf+hHuoAPWSS7HjvAz7VvRXTnHZXI40TRSAO9mXirS0V5+NjiTDE+8NQ",
+	"QhgvJ1r3rUlajMbO8oe4uX/hOiChqKVqWO6zd0eaRB3qlxtxqY03wfCOzK2UgQ8d4pk7t7zKLd4Va2N7",
+	"IoxsuhqXr3Xd9RozDTx5UXSEFBrzk2Ia9ZuLd8zUfD4XmT142dK36OwTyYbxj4rGdMRKwjrYLrXZR/Tn",
+	"hvlenZ26l7IZZLzRrcvWahht1diaiiKjUmzPyZ3DxCmXMkx16ims4+VU8RqopjqjRCDfZMArBEoy6gek",
+	"mTe1zlkOi5rnkJ+1sHZlfb6LG5ZQuoCT1TaCVGbKxnADHJiYMZI+0CbZEBDTPkJjxPSxrzOM6FJt+ILa",
+	"/WF/V9fJtdWxumauFjWiHOoz9rVpzA3Wa4W3wjyQVjvKVEkNZfdM1MiB5z76vh+TqaHk2ONn76rrwxSz",
+	"8VCTB0iw6v5yohgLyl0jPNmi+om3glxCYptFv6ef3ZpRaKoRV7fnDKtdqUIVTzyGChV192MmmnpxeNV4",
+	"vDffa9ciASSTyp9KodmttCzFKFrVklPpeBf5+MYq6V3djuL1wOMYe9ySgbYJyqFVAnt7IA5Jne85JL42",
+	"lzw06x8zH72nkUUDMr6dzDaDZPSwXFErgo3MTS8Ro71cus5yI8nm2FDbqWuuLAoTkHwiqia5YpbCZ/+c",
+	"sZwbjqrXHzj7Xx8vXwbS8lpiugMe6j+mjNK/2B9iqXvCEOtwPmea2+mdfwy6WZEZHLSu9NO36WX7x40d",
+	"MKZjnUV+Xa5bxBgWTDQYKfBVxqteRx1zBUQSRpq8cn4sL/EHcGcL1cY9fhU1/KXBqnT71MdX72NrLGCx",
+	"daema2RawOKM6baVlPIdEsyS1VCqO9AuKEDHwTfH4L6pEYXh7DCpezDj0sKw0eSa6xo5DVZ5cA0wprwW",
+	"a+9f7KnEO8puD2ARnn19fT3YbiuCDt50Bwj88SysPftD9u7WNVYQfVUqe1xzVqtG5kemFhXqYcFiv+vC",
+	"9LS+31fS+zfMfdRpb3lVy88ce8D4Pso616vrmLWVOY6juScd/xSa6aoGnrPZmtrDuPIVatHUuPQBj0de",
+	"KOn6w+y1g4ILOTWxtIArz1EHzGIORUHas1EMR7AsfeyMW4qs3BGPRlK3dWn6CiKxUG+jSN+HUg6upt8/",
+	"ff4gTXOQGm9JZ03cArPXZ2ur4sk5JvmSZnVo59TxcKMTvK1MmVPvqe257i3k9kxX/2ZVNxL3GNiZsb64",
+	"/QYB0RYC963qbLo/A9LrDhdJ5p7UDPvybqgOPcbS40t9rr7JSyNt/tNEQ9bUwqyvrFbs24mOZLhdYNlH",
+	"oRYLe4iFPPdnH1gjxb3rGd72/PAtRtkcnTB4NwT11u9uh5hO/6q0OcIwSoczXom/g+vg47xyqLUjZwBe",
+	"h33XlsZU1HleyHnE7P4o7Ym34sw5UzAKcsY+T0v9mZWiKIS7tiVln6f6Mws+zSr9mc3wEhCo3Q/H7OJa",
+	"ulYmJbaCcvy5yxa1/zVFccxeo4vFN+FHbcclk5+3HQBYtlRKA7Xl1tfyc6Zy+JyyClRVYOdGuobkM1UN",
+	"fCbmrX2ObVe46Ru3W1BmhgRAOwnXGJzGH/O0l3xL3W30cZvpbcU/8HnXu7P15ianmNVRgeSVSM6SZ8en",
+	"xxMX3kfSOeHYWB8j6oA2DrnHhZKXeXKW/AUMtd5PNm6TeDqZPNp9BL3m/rFrEQqttnSxx+fdTTrxidqV",
+	"n/hLHcKTlJx9+vJw00cR3ScQlnJ4esGaDp9tXLqU47bhkB3XwfQEO91j6FHpCGhf4s/hxSjr8fUHd6ec",
+	"tBeSPAxw8nw3BNpLNR4fbFdgggZA/r4DAmKhFoirAD6Fcl2E4vB5o6jxy78PfN5EYaAasxUICluY/R4b",
+	"aRf+2jVA9IIm3EF4fU3VRLZwBeZ9d/XFBja/x4U6qsjHKmppGa6AVapVIBCdLOws+lAURoyx73NpTxzR",
+	"/a28UhIeAank+XOSKDyqIHOKDaCXpVX/QqSHhZdjcuOq0xu/SXLsFd/0Sf7DBM3oDTcSVl0z4W8HpZUX",
+	"IqwfiMHq5IvIHwibBZCa34fZa5n7bfQvuRtJO+keObl8hTknP4x2LCfTvnzCMqhww6gCbiWND/TEjyAM",
+	"ihL/PmRhhyRghNHoUMWjPPEY438HK1r6D2GZ3ulU8vs3IBdmmZy9eI53uvmPp+m3xbVHrtoYufhnH854",
+	"ehAwRkoFdtRT4mPx5Q2pB5/20SnfFFsVOTkiH4Ge3vJbYNzPYxXiCywHE/+PehL/RJbW8CzuZD2/oN/W",
+	"E9x/b94TQoGtVG2WhbVPcNdZeBlofKsf+C38RIHbGPfZviJ/h95DmjydPN39vLu47RFYid002e1dRLuN",
+	"RqPvTlJL3RFjwwHmh3CTerSq+MPgTlCyqLRBH82WWyVP949gfx07OQz734jOvwNUvQ7BrvAeE9JmvYQG",
+	"cj2WGoo713foJA9vWxmTsd2VLN/Rcu8mifDES2NVSfRmq/DGk8fQt8bvlEm92wj7TdgPxJDtEuhWqvYy",
+	"WIJmd3fEGChf+4sZNhjjkLYvX/n88YJr4+9DcXROmQG8qIHn65GLgrFRy+glwQfeupqOFpT4e4+NYisu",
+	"qDM8l269bY5879LD2Grtu7tvNH76px3rvPmOFOpwNyKye5eKPBJdhleXEIW1/vYxAvvZO5j79BUDOVZK",
+	"xWGOxZoB3P3nLSx07xjJ90QR7T7m93Otk7Exjlz7y4MIBI+jnre3a1DMI9bwPm17aYnaJRy1NxD4UDWi",
+	"+Te1zZ31NyV+kDLfKrdb1fcDVN29ROejkIJrfTxyWntJoo/h1apV0TVKG7ZWxm5Mxmv2hGRLMMFR3sgJ",
+	"Q2bjru2k7itsiRYA8xc8UT8peoLYLZfstfuDAgeXryhjQjXmWr7h2hzh70eXr8KosrtTSqoVBRgGTOUN",
+	"FY/vlFmbksryrxmAZK5oP3pHem9ZyZaL5N016bFL0nfzFAP3huTzkcve2XV790ADWVi1QMmgZ53zx+Cd",
+	"OV3pjdVUHomnOMRTui5J2iCQQKLBp8JZrQVTCOiavSNMXAEvs9LkpF8s7G/dH3hY3waZ9weab+4uf6st",
+	"7HjUGxGEua/jY3uVgviOLI+vt/9Yq825WIc9OQm3vQYrY7pB18zlO/LdbpItYthO+DgnZKQDTeovx2t1",
+	"spSkrPOe9XsP9UF48sX/+bAPNA8+Jr6fz80PwMKue9kfAQthZ6dxSJ4ETZuiEH2pyorXENLo14E13e4p",
+	"UNj2xVfQnrd5rKK7di6oV4zpza6AukPEYbbUfwtF2d+QPaYeuWaGrgCG513nLJesq5h4NDMnvJCbrk5v",
+	"0YXTchnY2FHiqkFbRjuuMv9CD3zzmU2/nxD8lxFFb70DMWwLzUNnXHfrMp4j1Eo4XlXaZxRhqeN47K8t",
+	"7/sR3DLtDbPmZXGgotjjNgEnIbUXl/76A1+MLck9doLPuOG/XY3crMRGjPzt6h/vQoPUr5o6N1mM/Z+L",
+	"t2/YXBRIZNGI/PsmRNDvoS7uTuJoq+8f/iWPmd44bC1N9Y5QKF/H/PYo9nrn6ZEh+SNFUyuQIoB5HLFk",
+	"t7Cm7rkQFuyRaz3zhoVFQlt6M8rFfP/U7wa28Zw3b0iCj+s8Riza1cB2NRa6l+DWu9oCYeSeOvlitaiH",
+	"7Sbox7ac7zAhbfWz7ymiH99O7VXO/bsYqZvXRYSezT4ZnCy7SwfHjo6/l/CrqaF/Gk4nZ4yznK+7Drlk",
+	"MD6b4C+lkuj6iGn+vYvjom7ztmLsdJI+m0xu9g2lzHnta4Cjrnquzdikz170XPVPX/znfz3vO+t/dKDE",
+	"YyzmAPB3SaJlgTG9x2FKyLE7YkPXI+XOO4/ZUq3YCooiSoa+6Gos65COqasa/c5M6eaHePb379O12Rks",
+	"3gD8X511Xa2EcaFdR0GoCM/n7kJ0V3v3sJmW21VMfLqxWHYRk083mK+Lnlgik6YukrPkhFfi5O40ebh5",
+	"+P8BAAD//w==",
 }
 
 // decodeSpec returns the embedded OpenAPI spec as raw JSON bytes,

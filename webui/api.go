@@ -60,6 +60,8 @@ type Router interface {
 	// the settings from before it.
 	Confirm(ctx context.Context, revision uint64) (settings.Revision, error)
 	TakeBack(ctx context.Context, author string) (settings.Revision, error)
+	// Diagnose looks at everything, in the order in which one needs the other.
+	Diagnose(ctx context.Context) (Diagnosis, error)
 	// History is what an uplink has carried in the last span, in slots of an interval.
 	History(ctx context.Context, name string, interval, span time.Duration) (History, error)
 	// Flows lists the live flows that have moved most, at most limit.
@@ -338,6 +340,13 @@ func (h routerHandler) SetMultipath(ctx context.Context, r SetMultipathRequestOb
 	}
 	rev, err := h.router.SetMultipath(ctx, *r.Body, edit(ctx, r.Params.IfMatch, r.Params.ConfirmS))
 	return h.answer(ctx, rev, err)
+}
+
+// GetDiagnosis answers GET /diagnosis.
+func (h routerHandler) GetDiagnosis(ctx context.Context, _ GetDiagnosisRequestObject) (GetDiagnosisResponseObject, error) {
+	d, err := h.router.Diagnose(ctx)
+	d.Checks = orEmpty(d.Checks)
+	return GetDiagnosis200JSONResponse(d), err
 }
 
 // Join answers POST /join.

@@ -118,6 +118,10 @@ func (f *fakeRouter) TakeBack(ctx context.Context, author string) (settings.Revi
 	return f.revision(settings.Settings{}), f.answer(ctx, "take back by %s", author)
 }
 
+func (f *fakeRouter) Diagnose(ctx context.Context) (Diagnosis, error) {
+	return Diagnosis{Verdict: "Everything works.", Healthy: true}, f.answer(ctx, "diagnose")
+}
+
 func (f *fakeRouter) History(ctx context.Context, name string, interval, span time.Duration) (History, error) {
 	return History{Begin: when, IntervalS: int(interval / time.Second), RxBps: []*uint64{nil, new(uint64(8000))}}, f.answer(ctx, "history %s %v %v", name, interval, span)
 }
@@ -272,6 +276,8 @@ func TestRouterEndpoints(t *testing.T) {
 		"multipath refused": {request: request{method: "PATCH", path: "/api/v1/multipath", contentType: "application/json", body: `{"scheduler":"x"}`},
 			router: fakeRouter{err: &settings.Invalid{Problems: []settings.Problem{{Path: "multipath.scheduler", Reason: "offered are default"}}}},
 			status: 422, mime: mimeProblem, asked: `multipath {"scheduler":"x"} by socket`, body: []string{`"code":"settings_invalid"`, "offered are default"}},
+		"diagnosis": {request: request{method: "GET", path: "/api/v1/diagnosis"},
+			status: 200, mime: "application/json", asked: "diagnose", body: []string{`{"checks":[],"fix":"","healthy":true,"verdict":"Everything works."}`}},
 		"history": {request: request{method: "GET", path: "/api/v1/uplinks/dsl/history"},
 			status: 200, mime: "application/json", asked: "history dsl 10s 1h0m0s", body: []string{`"begin":"2026-03-04T05:06:07Z"`, `"rx_bps":[null,8000]`}},
 		"a month of history": {request: request{method: "GET", path: "/api/v1/uplinks/dsl/history?interval_s=300&last_s=2678400"},

@@ -80,6 +80,13 @@ func (c *Client) Status(ctx context.Context) (Status, error) {
 	return s, err
 }
 
+// Diagnose looks at everything that traffic needs.
+func (c *Client) Diagnose(ctx context.Context) (Diagnosis, error) {
+	var d Diagnosis
+	err := c.get(ctx, "/api/v1/diagnosis", &d)
+	return d, err
+}
+
 // Settings returns the revision in force.
 func (c *Client) Settings(ctx context.Context) (Revision, error) {
 	var r Revision

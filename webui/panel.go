@@ -121,6 +121,9 @@ func (g guard) admit(c *gin.Context) error {
 		return nil
 	case who.Name == "":
 		return &Error{Code: CodeLoginRequired, Detail: "log in first"}
+	case who.token != nil && strings.HasPrefix(c.FullPath(), basePath+"/access/"):
+		// Else whoever finds one could make another, and keep it.
+		return &Error{Code: CodeTokenRefused, Detail: "tokens cannot do this: log in with the password"}
 	case !who.Write && c.Request.Method != http.MethodGet && c.Request.Method != http.MethodHead:
 		return &Error{Code: CodeReadOnly, Detail: "this token may only read"}
 	}

@@ -45,7 +45,8 @@ const (
 	CodeUnconfirmed             = "unconfirmed"         // settings that wait for it are in the way
 	CodeNothingUnconfirmed      = "nothing_unconfirmed" // nothing to confirm or to go back to
 	CodeLoginRequired           = "login_required"
-	CodeReadOnly                = "read_only" // the token may not change anything
+	CodeReadOnly                = "read_only"     // the token may not change anything
+	CodeTokenRefused            = "token_refused" // a session can do it
 	CodeCrossOrigin             = "cross_origin"
 	CodeHostUnknown             = "host_unknown"
 	CodeUnclaimed               = "unclaimed" // there is no password yet
@@ -84,6 +85,7 @@ var statusOf = map[string]int{
 	CodeNothingUnconfirmed:      http.StatusConflict,
 	CodeLoginRequired:           http.StatusUnauthorized,
 	CodeReadOnly:                http.StatusForbidden,
+	CodeTokenRefused:            http.StatusForbidden,
 	CodeCrossOrigin:             http.StatusForbidden,
 	CodeHostUnknown:             http.StatusForbidden,
 	CodeUnclaimed:               http.StatusConflict,

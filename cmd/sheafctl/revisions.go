@@ -49,13 +49,7 @@ func (a *app) apply() *cobra.Command {
 				return err
 			}
 			rev, err := a.client().Apply(c.Context(), text, confirm)
-			if invalid := (*settings.Invalid)(nil); errors.As(err, &invalid) {
-				return fileError{name, invalid}
-			}
-			if err != nil {
-				return err
-			}
-			return a.changed(rev, "the settings are")
+			return a.changed(rev, err, name, "the settings are")
 		},
 	}
 	c.Flags().StringVarP(&file, "file", "f", "", "settings to apply; '-' is standard input")
@@ -101,11 +95,8 @@ func (a *app) diff() *cobra.Command {
 				return err
 			}
 			changes, err := a.client().Compare(c.Context(), text)
-			if invalid := (*settings.Invalid)(nil); errors.As(err, &invalid) {
-				return fileError{name, invalid}
-			}
 			if err != nil {
-				return err
+				return refused(err, name)
 			}
 			if len(changes) == 0 {
 				a.say("nothing would change")
@@ -153,10 +144,7 @@ func (a *app) rollback() *cobra.Command {
 				return usagef(c, "%q is not the number of a revision", args[0])
 			}
 			rev, err := a.client().Restore(c.Context(), number, confirm)
-			if err != nil {
-				return err
-			}
-			return a.changed(rev, fmt.Sprintf("the settings of revision %d are", number))
+			return a.changed(rev, err, "settings", fmt.Sprintf("the settings of revision %d are", number))
 		},
 	}
 	confirmFlag(c, &confirm)
@@ -172,10 +160,7 @@ func (a *app) confirm() *cobra.Command {
 		RunE: func(c *cobra.Command, _ []string) error {
 			if no {
 				rev, err := a.client().TakeBack(c.Context())
-				if err != nil {
-					return err
-				}
-				return a.changed(rev, "the settings from before are")
+				return a.changed(rev, err, "settings", "the settings from before are")
 			}
 			s, err := a.client().Status(c.Context())
 			if err != nil {

@@ -148,7 +148,7 @@ func (a *app) emit(v any, text func(w *bytes.Buffer)) error {
 func (a *app) root() *cobra.Command {
 	root := group("sheafctl", "Drive the Sheaf router daemon",
 		a.join(), a.apply(), a.confirm(), a.export(), a.diff(), a.revisions(), a.rollback(),
-		a.status(), a.uplinks(), a.uplink(), a.multipath(), a.flows(), a.events(), a.password(), a.showVersion())
+		a.status(), a.uplinks(), a.uplink(), a.multipath(), a.flows(), a.events(), a.diag(), a.password(), a.showVersion())
 	root.SilenceErrors = true
 	root.SilenceUsage = true
 	root.CompletionOptions.DisableDefaultCmd = true
@@ -204,6 +204,30 @@ func (a *app) join() *cobra.Command {
 	}
 }
 
+func (a *app) diag() *cobra.Command {
+	var check bool
+	c := &cobra.Command{
+		Use:   "diag",
+		Short: "Look for what does not work, and say what to do",
+		Args:  exactly(0, "no arguments"),
+		RunE: func(c *cobra.Command, _ []string) error {
+			d, err := a.client().Diagnose(c.Context())
+			if err != nil {
+				return err
+			}
+			if err := a.emit(d, func(w *bytes.Buffer) { writeDiagnosis(w, d, a.color) }); err != nil {
+				return err
+			}
+			if check && !d.Healthy {
+				return errDegraded
+			}
+			return nil
+		},
+	}
+	c.Flags().BoolVar(&check, "check", false, "exit with 4 if anything has failed")
+	return c
+}
+
 func (a *app) password() *cobra.Command {
 	return &cobra.Command{
 		Use:   "password",
@@ -247,8 +271,20 @@ func (a *app) readSettings(file string) (name string, text []byte, err error) {
 	return file, text, err
 }
 
-// changed tells what became of a change; what is its subject and verb.
-func (a *app) changed(rev webui.Revision, what string) error {
+// refused names the file whose settings an error is about.
+func refused(err error, file string) error {
+	if invalid := (*settings.Invalid)(nil); errors.As(err, &invalid) {
+		return fileError{file, invalid}
+	}
+	return err
+}
+
+// changed tells what became of a change of the settings in a file; what is its subject
+// and verb.
+func (a *app) changed(rev webui.Revision, err error, file, what string) error {
+	if err != nil {
+		return refused(err, file)
+	}
 	if rev.Warning == "" {
 		a.say("%s in force", what)
 	} else {
@@ -324,13 +360,7 @@ func (a *app) uplink() *cobra.Command {
 				return usagef(c, "the name of the uplink is empty")
 			}
 			rev, err := a.client().SetUplink(c.Context(), args[0], change)
-			if invalid := (*settings.Invalid)(nil); errors.As(err, &invalid) {
-				return fileError{"settings", invalid}
-			}
-			if err != nil {
-				return err
-			}
-			return a.changed(rev, fmt.Sprintf("the settings of uplink %s are", args[0]))
+			return a.changed(rev, err, "settings", fmt.Sprintf("the settings of uplink %s are", args[0]))
 		},
 	}
 	set.Flags().Var(&mode, "mode", "on: carries traffic, off: carries nothing, backup: only while no other is fit")
@@ -375,13 +405,7 @@ func (a *app) multipath() *cobra.Command {
 				return usagef(c, "nothing to set; name at least one setting")
 			}
 			rev, err := a.client().SetMultipath(c.Context(), change)
-			if invalid := (*settings.Invalid)(nil); errors.As(err, &invalid) {
-				return fileError{"settings", invalid}
-			}
-			if err != nil {
-				return err
-			}
-			return a.changed(rev, "the multipath settings are")
+			return a.changed(rev, err, "settings", "the multipath settings are")
 		},
 	}
 	f := set.Flags()

@@ -32,6 +32,7 @@ type fakeRouter struct {
 	Listed   []webui.Flows  // one after the other, and then the daemon ends
 	Happened []webui.Events // likewise
 	Stored   []settings.Revision
+	Found    webui.Diagnosis
 	Tried    *settings.Unconfirmed
 	Pending  string
 	Refusal  *webui.Error
@@ -89,6 +90,8 @@ func (f *fakeRouter) TakeBack(_ context.Context, author string) (settings.Revisi
 	f.asked = fmt.Sprintf("take back by %s\n", author)
 	return settings.Revision{Number: 10}, f.err()
 }
+
+func (f *fakeRouter) Diagnose(context.Context) (webui.Diagnosis, error) { return f.Found, f.err() }
 
 func (f *fakeRouter) History(context.Context, string, time.Duration, time.Duration) (webui.History, error) {
 	return webui.History{}, errors.New("no command asks for this")
@@ -245,7 +248,7 @@ func TestUsage(t *testing.T) {
 		"join", "join a b", "join -", "apply", "apply -f", "apply -f - extra",
 		"multipath bogus", "multipath set", "multipath set default", "multipath set --scheduler", "multipath set --syn-retries x", "multipath set --checksum=maybe",
 		"flows extra", "flows --limit 0", "flows --limit 10001", "events extra",
-		"apply --confirm 0s -f x", "apply --confirm 1500ms -f x", "apply --confirm 2h -f x", "confirm 7", "export x", "diff", "diff x", "revisions x",
+		"apply --confirm 0s -f x", "apply --confirm 1500ms -f x", "apply --confirm 2h -f x", "confirm 7", "export x", "diag x", "diff", "diff x", "revisions x",
 		"password x", "rollback", "rollback last", "rollback 0", "rollback 1 2", "rollback 1 --confirm 1ms",
 		"uplink set", "uplink set lte", "uplink set lte --mode fast", "uplink set lte dsl --mode on",
 	} {

@@ -234,6 +234,18 @@ func terminalHeight(w io.Writer) int {
 	return int(size.Row)
 }
 
+func writeDiagnosis(w *bytes.Buffer, d webui.Diagnosis, color bool) {
+	rows := [][]string{{"CHECK", "STATE", "DETAIL"}}
+	for _, c := range d.Checks {
+		rows = append(rows, []string{strings.TrimSpace(c.Uplink + " " + c.Name), c.State, c.Detail})
+	}
+	writeTable(w, rows, nil, color)
+	fmt.Fprintf(w, "\n%s\n", printable(d.Verdict))
+	if d.Fix != "" {
+		fmt.Fprintf(w, "%s\n", printable(d.Fix))
+	}
+}
+
 // hideTyping makes the terminal r show nothing of what is typed, until show is called;
 // nil if it is none.
 func hideTyping(r io.Reader) (show func()) {
@@ -405,11 +417,11 @@ func percent(v *float64) string {
 func paint(state string, color bool) string {
 	code := ""
 	switch state {
-	case "up", "carrying", "active":
+	case "up", "carrying", "active", "ok":
 		code = "32" // green
 	case "degraded", "pending":
 		code = "33" // yellow
-	case "down", "unfit", "absent", "refused":
+	case "down", "unfit", "absent", "refused", "failed":
 		code = "31" // red
 	}
 	if !color || code == "" {

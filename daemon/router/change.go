@@ -209,7 +209,6 @@ func (r *Router) follow(ctx context.Context, revision settings.Revision, note st
 	r.mu.Lock()
 	r.revision = revision
 	r.mu.Unlock()
-	r.keepCopy()
 	if r.panel != nil {
 		r.panel.Listen(revision.Settings.LAN.Interfaces)
 	}
@@ -219,6 +218,7 @@ func (r *Router) follow(ctx context.Context, revision settings.Revision, note st
 	// After the kernel: sessions dialled before would still be of the old kind.
 	r.setPeer()
 	r.setWishes()
+	r.keepCopy()
 	if err != nil {
 		return &webui.NotYet{Reason: err.Error()}
 	}

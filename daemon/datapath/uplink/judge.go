@@ -140,7 +140,7 @@ func (h *holders) judge(link Link, want Want) Status {
 	}
 	if !link.Up {
 		// The kernel refuses routes through it, whatever addresses it keeps.
-		s.Reason = fmt.Sprintf("interface %s is down", link.Name)
+		s.Reason = fmt.Sprintf("interface %s "+isDown, link.Name)
 		return s
 	}
 
@@ -162,7 +162,7 @@ func (h *holders) judge(link Link, want Want) Status {
 
 	switch {
 	case !link.Carrier:
-		s.Reason = fmt.Sprintf("%s has no carrier: nothing answers at the other end of the link", link.Name)
+		s.Reason = fmt.Sprintf("%s "+noCarrier+": nothing answers at the other end of the link", link.Name)
 	case len(s.Sources) > 0:
 		s.Fit = true
 	default:
@@ -182,7 +182,40 @@ func worst(reasons []string) string {
 	return reasons[0]
 }
 
-const noAddress = "has no usable address"
+// What reasons say, by how far the uplink has come.
+const (
+	isDown    = "is down"
+	noCarrier = "has no carrier"
+	noAddress = "has no usable address"
+)
+
+// An Obstacle is the first thing that an uplink does not have.
+type Obstacle int
+
+// The obstacles, in the order in which an uplink gets past them.
+const (
+	AtInterface Obstacle = iota
+	AtCarrier
+	AtAddress
+	AtGateway
+	Past // it has all that can be seen from here
+)
+
+// Obstacle is how far the uplink has come.
+func (s Status) Obstacle() Obstacle {
+	switch {
+	case s.Fit:
+		return Past
+	case s.Index == 0:
+		return AtInterface
+	case strings.Contains(s.Reason, isDown), strings.Contains(s.Reason, noCarrier):
+		return AtCarrier
+	case strings.Contains(s.Reason, noAddress):
+		return AtAddress
+	default:
+		return AtGateway
+	}
+}
 
 // choose picks the address to send from and the gateway to send to.
 func choose(link Link, want Want, family string) (source netip.Prefix, gateway netip.Addr, reason string) {

@@ -124,6 +124,12 @@ func TestPanelOnTheLANAlone(t *testing.T) {
 	hears(`data: {"concentrator":`, `"name":"uplink3"`)
 	w.need(w.Lab.Uplinks[2].Carrier(false))
 	hears(`"kind":"uplink"`, `"uplink":"uplink3"`, "unfit")
+	if text, err := w.Sheafctl("diag"); err != nil || !strings.Contains(text, "not over all uplinks. Uplink uplink3 carries nothing: wan3 has no carrier") ||
+		!strings.Contains(text, "Check the cable of wan3") {
+		t.Errorf("diagnosis: %v\n%s", err, text)
+	} else {
+		t.Logf("diagnosis:\n%s", text)
+	}
 	w.need(w.Lab.Uplinks[2].Carrier(true))
 	hears(`"kind":"uplink"`, `"uplink":"uplink3"`, "carrying")
 	begin := time.Now()

@@ -97,6 +97,15 @@ func TestSafeMode(t *testing.T) {
 	w.need(w.StartRouter(""))
 	back(tried)
 
+	// Whoever starts it with a file has not confirmed what was before.
+	try("1h")
+	w.need(w.Router.Kill())
+	w.need(w.StartRouter(on))
+	w.untilUplink(2, "carries", carries)
+	if s := shown[webui.Status](w, "status").Settings; s.Unconfirmed != nil {
+		t.Errorf("after a start with a file: %+v", s)
+	}
+
 	tried = try("3s")
 	_, err = w.Sheafctl("confirm")
 	w.need(err)
