@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/gin-gonic/gin"
+	"golang.org/x/sys/unix"
 
 	"sheaf/daemon/control/settings"
 )
@@ -37,6 +38,7 @@ const (
 	CodeUnsupportedMediaType = "unsupported_media_type"
 	CodeInternal             = "internal"
 	CodeTimeout              = "timeout"
+	CodeStorageFull          = "storage_full"
 
 	CodeSettingsInvalid         = "settings_invalid"
 	CodeUplinkUnknown           = "uplink_unknown"
@@ -76,6 +78,7 @@ var statusOf = map[string]int{
 	CodeUnsupportedMediaType: http.StatusUnsupportedMediaType,
 	CodeInternal:             http.StatusInternalServerError,
 	CodeTimeout:              http.StatusGatewayTimeout,
+	CodeStorageFull:          http.StatusInsufficientStorage,
 
 	CodeSettingsInvalid:         http.StatusUnprocessableEntity,
 	CodeUplinkUnknown:           http.StatusNotFound,
@@ -185,6 +188,9 @@ func (rp reply) fail(c *gin.Context, err error) {
 		rp.problem(c, &Error{Code: CodeNothingUnconfirmed, Detail: err.Error()})
 	case errors.As(err, &coded):
 		rp.problem(c, coded)
+	case errors.Is(err, unix.ENOSPC):
+		rp.log.Error("request failed", "method", c.Request.Method, "path", c.Request.URL.Path, "error", err)
+		rp.problem(c, &Error{Code: CodeStorageFull, Detail: "the disk of this device is full; nothing was changed: make room in the state directory's file system"})
 	case errors.Is(ctx.Err(), context.DeadlineExceeded):
 		rp.log.Warn("request ran out of time", "method", c.Request.Method, "path", c.Request.URL.Path, "error", err)
 		rp.problem(c, &Error{Code: CodeTimeout,

@@ -9,10 +9,14 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"sheaf/daemon/control/settings"
 	"sheaf/webui"
@@ -238,3 +242,63 @@ func TestKillLosesNothingAcknowledged(t *testing.T) {
 		t.Errorf("only %d changes in %d lives: too few to prove anything", changes, kills)
 	}
 }
+
+// On a full disk changes are refused and leave everything as it was; the daemon goes
+// on, and takes them again when there is room.
+func TestFullDisk(t *testing.T) {
+	w := newWorld(t)
+	dir := filepath.Join(w.Dir, "router")
+	w.need(os.MkdirAll(dir, 0o700))
+	w.need(unix.Mount("tmpfs", dir, "tmpfs", 0, "size=2m"))
+	t.Cleanup(func() { w.must(unix.Unmount(dir, unix.MNT_DETACH)) })
+	w.need(w.StartRouter(w.Settings("")))
+	filler, err := os.Create(filepath.Join(dir, "filler"))
+	w.need(err)
+	if _, err := io.Copy(filler, zeroes{}); !errors.Is(err, unix.ENOSPC) {
+		t.Fatalf("filling the disk: %v", err)
+	}
+	w.need(filler.Close())
+
+	client := webui.NewClient(w.Socket())
+	// What is free within the file may take some changes yet.
+	full := false
+	var last webui.Revision
+	for retries := range 200 {
+		n := retries % 10
+		made, err := client.SetMultipath(t.Context(), webui.MultipathChange{SYNRetries: &n})
+		var coded *webui.Error
+		switch {
+		case err == nil:
+			last = made
+			continue
+		case !errors.As(err, &coded) || coded.Code != webui.CodeStorageFull:
+			t.Fatalf("on a full disk: %v", err)
+		}
+		full = true
+		break
+	}
+	if !full {
+		t.Fatal("the disk never was too full: this test proves nothing")
+	}
+	now, err := client.Settings(t.Context())
+	w.need(err)
+	if last.Number > 0 && now.Number != last.Number {
+		t.Errorf("after the refusal revision %d is in force, and not %d", now.Number, last.Number)
+	}
+	w.need(os.Remove(filler.Name()))
+	off := false
+	made, err := client.SetMultipath(t.Context(), webui.MultipathChange{Enabled: &off})
+	if err != nil || made.Number != now.Number+1 {
+		t.Errorf("with room again: revision %d, %v", made.Number, err)
+	}
+	w.need(w.Router.Kill())
+	w.need(w.StartRouter(""))
+	if again, err := client.Settings(t.Context()); err != nil || again.Number != made.Number || again.Settings.Multipath.Enabled {
+		t.Errorf("after a crash: %+v, %v", again, err)
+	}
+}
+
+// zeroes never end.
+type zeroes struct{}
+
+func (zeroes) Read(b []byte) (int, error) { clear(b); return len(b), nil }
