@@ -164,13 +164,11 @@ func newEngine(rp reply, timeout time.Duration, admit ...gin.HandlerFunc) *gin.E
 		rp.problem(c, &Error{Code: CodeInternal, Detail: internalDetail})
 	}))
 	e.Use(func(c *gin.Context) {
-		limit := timeout
-		if endless(c) {
-			limit = noTimeout
+		if !endless(c) {
+			ctx, cancel := context.WithTimeout(c.Request.Context(), timeout)
+			defer cancel()
+			c.Request = c.Request.WithContext(ctx)
 		}
-		ctx, cancel := context.WithTimeout(c.Request.Context(), limit)
-		defer cancel()
-		c.Request = c.Request.WithContext(ctx)
 		c.Request.Body = http.MaxBytesReader(c.Writer, c.Request.Body, maxBody)
 		c.Header("Cache-Control", "no-store")
 		c.Header("X-Content-Type-Options", "nosniff")

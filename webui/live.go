@@ -13,7 +13,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"math"
 	"net/http"
 	"strconv"
 	"sync"
@@ -144,6 +143,3 @@ func (s liveStream) VisitGetLiveResponse(w http.ResponseWriter) error {
 
 // endless says whether an answer takes as long as the client listens.
 func endless(c *gin.Context) bool { return c.FullPath() == basePath+"/live" }
-
-// noTimeout is as good as none.
-const noTimeout = time.Duration(math.MaxInt64)
