@@ -33,7 +33,7 @@ type commands interface {
 func newCommand() *cobra.Command {
 	config := concentrator.Config{}
 	var allowed, resolvers, ports []string
-	var verbose bool
+	var log daemon.LogFlags
 	serve := func(c *cobra.Command, _ []string) error {
 		for _, text := range allowed {
 			prefix, err := parsePrefix(text)
@@ -56,7 +56,10 @@ func newCommand() *cobra.Command {
 			}
 			config.ForwardPorts = append(config.ForwardPorts, egress.PortRange{First: r.First, Last: r.Last})
 		}
-		config.Log = daemon.Log(c.ErrOrStderr(), verbose)
+		var err error
+		if config.Log, err = log.Log(c.ErrOrStderr()); err != nil {
+			return err
+		}
 		config.Log.Info("concentratord starts", "version", version)
 		return concentrator.Run(c.Context(), config)
 	}
@@ -76,7 +79,7 @@ func newCommand() *cobra.Command {
 		c.Flags().StringArrayVar(&resolvers, "resolver", nil, "ADDRESS or ADDRESS:PORT that answers the routers' DNS instead of those in /etc/resolv.conf; may be repeated")
 		c.Flags().StringArrayVar(&ports, "forward-ports", nil, "PORT or FIRST-LAST that routers may have forwarded (default 1024-65535); may be repeated")
 		c.Flags().BoolVar(&config.ConnectRouters, "connect-routers", false, "let routers reach one another through the tunnel")
-		c.Flags().BoolVar(&verbose, "verbose", false, "log every session and refused flow")
+		log.Add(c, "log every session and refused flow")
 	}
 	runFlags(root)
 	runCommand := &cobra.Command{Use: "run", Short: "Run the daemon (the default)", Args: noArgs, RunE: serve}
@@ -88,7 +91,11 @@ func newCommand() *cobra.Command {
 		Long:  "Undo what a daemon that was killed left in the kernel. The state directory stays; delete it to forget keys and routers.",
 		Args:  noArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
-			return concentrator.Cleanup(c.Context(), config.StateDir, daemon.Log(c.ErrOrStderr(), false))
+			to, err := new(daemon.LogFlags).Log(c.ErrOrStderr())
+			if err != nil {
+				return err
+			}
+			return concentrator.Cleanup(c.Context(), config.StateDir, to)
 		},
 	})
 	return root

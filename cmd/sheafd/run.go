@@ -16,7 +16,7 @@ import (
 func newCommand() *cobra.Command {
 	config := router.Config{Version: version}
 	var file string
-	var verbose bool
+	var log daemon.LogFlags
 	serve := func(c *cobra.Command, _ []string) error {
 		if file != "" {
 			text, err := readSettings(file)
@@ -25,7 +25,10 @@ func newCommand() *cobra.Command {
 			}
 			config.Settings = text
 		}
-		config.Log = daemon.Log(c.ErrOrStderr(), verbose)
+		var err error
+		if config.Log, err = log.Log(c.ErrOrStderr()); err != nil {
+			return err
+		}
 		config.Log.Info("sheafd starts", "version", version)
 		return router.Run(c.Context(), config)
 	}
@@ -34,7 +37,7 @@ func newCommand() *cobra.Command {
 		c.Flags().StringVar(&file, "settings", "", "YAML file to apply once at the start; without it the stored settings hold")
 		c.Flags().StringVar(&config.Socket, "socket", "/run/sheaf/sheaf.sock", "unix socket for sheafctl")
 		c.Flags().StringVar(&config.Admin, "admin", ":8443", "where the panel is served: :PORT on the LAN's interfaces, HOST:PORT there, or empty for nowhere")
-		c.Flags().BoolVar(&verbose, "verbose", false, "log every flow that ends early")
+		log.Add(c, "log every flow that ends early")
 	}
 	root := &cobra.Command{
 		Use:     "sheafd",

@@ -67,11 +67,29 @@ func Main(root *cobra.Command, args []string, stdout, stderr io.Writer) int {
 	return exitFailed
 }
 
-// Log writes text lines to w, with debug messages when verbose is set.
-func Log(w io.Writer, verbose bool) *slog.Logger {
-	level := slog.LevelInfo
-	if verbose {
-		level = slog.LevelDebug
+// LogFlags are how a daemon's log is asked for.
+type LogFlags struct {
+	verbose bool
+	format  string
+}
+
+// Add puts them on a command; verbose says what more is told with --verbose.
+func (l *LogFlags) Add(c *cobra.Command, verbose string) {
+	c.Flags().BoolVar(&l.verbose, "verbose", false, verbose)
+	c.Flags().StringVar(&l.format, "log", "text", "form of the log: text or json")
+}
+
+// Log writes lines to w, with debug messages when they are asked for.
+func (l *LogFlags) Log(w io.Writer) (*slog.Logger, error) {
+	options := &slog.HandlerOptions{Level: slog.LevelInfo}
+	if l.verbose {
+		options.Level = slog.LevelDebug
 	}
-	return slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: level}))
+	switch l.format {
+	case "text", "": // "" of a command without the flags
+		return slog.New(slog.NewTextHandler(w, options)), nil
+	case "json":
+		return slog.New(slog.NewJSONHandler(w, options)), nil
+	}
+	return nil, Usage(fmt.Errorf("--log is %q; it must be text or json", l.format))
 }
