@@ -121,7 +121,7 @@ func NewPanelHandler(r Router, access *Access, log *slog.Logger) http.Handler {
 
 func newRouterHandler(r Router, access *Access, log *slog.Logger, timeout time.Duration, admit gin.HandlerFunc) http.Handler {
 	h := routerHandler{router: r, access: access, status: new(statusText), runtime: newRuntimeMetrics(), reply: reply{log}}
-	k, err := newContract()
+	k, err := theContract()
 	if err != nil {
 		panic("webui: the contract in this program cannot be read: " + err.Error())
 	}

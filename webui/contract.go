@@ -18,6 +18,7 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/getkin/kin-openapi/openapi3"
 	"github.com/getkin/kin-openapi/openapi3filter"
@@ -39,6 +40,9 @@ type contract struct {
 	document []byte // as JSON
 	routes   map[string]*routers.Route
 }
+
+// theContract is read once for all handlers of the program.
+var theContract = sync.OnceValues(newContract)
 
 func newContract() (*contract, error) {
 	document, err := GetSpecJSON()

@@ -27,7 +27,7 @@ func TestContractRefuses(t *testing.T) {
 	access, _, _ := newAccess(t)
 	router := &fakeRouter{}
 	h := NewRouterHandler(router, access, quiet())
-	k, err := newContract()
+	k, err := theContract()
 	if err != nil {
 		t.Fatal(err)
 	}

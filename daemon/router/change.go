@@ -106,7 +106,7 @@ func (r *Router) Apply(ctx context.Context, s settings.Settings, edit webui.Edit
 	}
 	revision, err := r.put(ctx, s, edit)
 	if later != nil && err == nil {
-		r.kickJoining()
+		kick(r.joined)
 		err = &webui.NotYet{Reason: later.Error()}
 	}
 	return revision, err
@@ -197,7 +197,7 @@ func (r *Router) put(ctx context.Context, s settings.Settings, edit webui.Edit) 
 	if err != nil {
 		return settings.Revision{}, err
 	}
-	r.kickConfirming()
+	kick(r.tried)
 	return revision, r.follow(ctx, revision, fmt.Sprintf(", taken back after %v unless it is confirmed", edit.Confirm))
 }
 
@@ -244,7 +244,7 @@ func (r *Router) Confirm(_ context.Context, revision uint64) (settings.Revision,
 	if err := r.state.settings.Confirm(revision); err != nil {
 		return settings.Revision{}, err
 	}
-	r.kickConfirming()
+	kick(r.tried)
 	r.tell(fmt.Sprintf("revision %d confirmed", revision))
 	return r.current(), nil
 }
@@ -261,15 +261,8 @@ func (r *Router) takeBack(ctx context.Context, author, note string) (settings.Re
 	if err != nil {
 		return settings.Revision{}, err
 	}
-	r.kickConfirming()
+	kick(r.tried)
 	return revision, r.follow(ctx, revision, note)
-}
-
-func (r *Router) kickConfirming() {
-	select {
-	case r.tried <- struct{}{}:
-	default:
-	}
 }
 
 // keepConfirming takes settings back that nobody confirms in time.

@@ -9,6 +9,7 @@ package router
 // What needs something that has failed is skipped: it would only say the same again.
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"strings"
@@ -76,7 +77,7 @@ func diagnose(s webui.Status, obstacles map[string]uplink.Obstacle) webui.Diagno
 			case uplink.AtAddress:
 				right = u.Address
 			case uplink.AtGateway:
-				right = or(u.Gateway, "the other end of the link")
+				right = cmp.Or(u.Gateway, "the other end of the link")
 			}
 			switch {
 			case stage < at:
@@ -180,11 +181,4 @@ func failedAt(checks []webui.Check, name string) (n int) {
 		}
 	}
 	return n
-}
-
-func or(text, instead string) string {
-	if text == "" {
-		return instead
-	}
-	return text
 }

@@ -51,10 +51,7 @@ func newEvents(now time.Time) *events {
 
 // soon has a look taken soon.
 func (e *events) soon() {
-	select {
-	case e.look <- struct{}{}:
-	default:
-	}
+	kick(e.look)
 }
 
 // add records events now; their texts are cut if they are too long.
@@ -250,12 +247,12 @@ func (r *Router) watch(ctx context.Context) {
 		if measuring && r.demote(time.Now(), revision.Settings, r.silence.apply(revision.Settings, statuses)) {
 			r.loop.Poke()
 		}
-		if measuring {
-			r.remember(statuses, revision.Settings, pool)
-		}
 		now := moment{kernel: slices.Clone(pass.Problems)}
 		single := oneUplink(revision.Settings.Multipath, r.mptcp)
-		now.uplinks = describeUplinks(revision.Settings, r.silence.apply(revision.Settings, statuses), pool, nil, nil, single)
+		now.uplinks = describeUplinks(revision.Settings, r.silence.apply(revision.Settings, statuses), pool, nil, r.meter.losses(), single)
+		if measuring {
+			r.remember(now.uplinks)
+		}
 		r.filling.describe(now.uplinks)
 		now.tunnel = describeTunnel(revision.Settings, now.uplinks, pool, single)
 		now.tunnel.Reason = strings.TrimPrefix(strings.TrimPrefix(now.tunnel.Reason, tunnel.ErrDown.Error()), ": ")

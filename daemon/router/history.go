@@ -24,9 +24,6 @@ import (
 
 	"go.etcd.io/bbolt"
 
-	"sheaf/daemon/control/settings"
-	"sheaf/daemon/datapath/tunnel"
-	"sheaf/daemon/datapath/uplink"
 	"sheaf/webui"
 )
 
@@ -346,11 +343,8 @@ func (h *history) end(now time.Time) error {
 }
 
 // remember records the uplinks as they have just been measured.
-func (r *Router) remember(statuses []uplink.Status, s settings.Settings, pool tunnel.Status) {
-	r.meter.mu.Lock()
-	loss := r.meter.loss
-	r.meter.mu.Unlock()
-	if err := r.history.record(time.Now(), describeUplinks(s, statuses, pool, nil, loss, "")); err != nil {
+func (r *Router) remember(uplinks []webui.UplinkStatus) {
+	if err := r.history.record(time.Now(), uplinks); err != nil {
 		r.log.Warn("the history of the uplinks has a gap", "error", err)
 	}
 }

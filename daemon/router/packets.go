@@ -179,10 +179,7 @@ func (p *packets) setPaths(paths, sessions []tunnel.Path) {
 }
 
 func (p *packets) kick() {
-	select {
-	case p.wake <- struct{}{}:
-	default:
-	}
+	kick(p.wake)
 }
 
 // keepCarriers starts and ends the carriers as paths come and go, and gives up

@@ -98,10 +98,7 @@ func newSubflows(log *slog.Logger) *subflows {
 }
 
 func (s *subflows) kick() {
-	select {
-	case s.wake <- struct{}{}:
-	default:
-	}
+	kick(s.wake)
 }
 
 func (s *subflows) run(ctx context.Context) {

@@ -540,9 +540,10 @@ func refusalOf(err error) error {
 	return &webui.Error{Code: code, Detail: refused.Message}
 }
 
-func (r *Router) kickJoining() {
+// kick wakes who waits on a channel of one, or will.
+func kick(c chan struct{}) {
 	select {
-	case r.joined <- struct{}{}:
+	case c <- struct{}{}:
 	default:
 	}
 }

@@ -35,6 +35,13 @@ type meter struct {
 // segments are a subflow's counters.
 type segments struct{ sent, again uint32 }
 
+// losses are those lately, by source address. The map is replaced, never changed.
+func (m *meter) losses() map[netip.Addr]float64 {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.loss
+}
+
 // measure compares with the last time. A subflow is known by its local address
 // and port.
 func (m *meter) measure(now time.Time, statuses []uplink.Status, subflows []tunnel.Subflow) {

@@ -75,9 +75,9 @@ func walkList(path string, from, to []any, list *[]Change) {
 		}
 		return
 	}
-	both := union(index(fromNames, from), index(toNames, to))
-	for _, name := range both {
-		walk(fmt.Sprintf("%s[%s]", path, name), index(fromNames, from)[name], index(toNames, to)[name], list)
+	before, after := index(fromNames, from), index(toNames, to)
+	for _, name := range union(before, after) {
+		walk(fmt.Sprintf("%s[%s]", path, name), before[name], after[name], list)
 	}
 	// Their order counts: the first uplink that is fit is the best.
 	kept := func(in, other []string) []string {

@@ -35,7 +35,7 @@ func (w *world) visitor(h *netlab.Host) *http.Client {
 	}}
 }
 
-// ask makes one request of the panel.
+// panel makes one request of it.
 func (w *world) panel(c *http.Client, method, url, body string) (status int, answer string, err error) {
 	w.t.Helper()
 	request, err := http.NewRequest(method, url, strings.NewReader(body))
